@@ -1,0 +1,400 @@
+"""Cut the cells of a split into cell sets, and pair every cell with a control cell.
+
+Stands between ``splits`` and ``sampler``: a *group* is the cells of one perturbation in one
+context; each epoch permutes a group anew and cuts it into sets. Everything random is drawn from
+(seed, purpose, key), so a set is the same on any rank, at any world size, after any restart.
+Shape legend: S cells in a set, N cells. Tests: ``pytest tests/unit/data_store/test_cell_sets.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from data_store.schema import OutputSpace, StoreError
+
+logger = logging.getLogger(__name__)
+
+Rows: TypeAlias = npt.NDArray[np.int64]
+Matching: TypeAlias = Literal["batch", "context"]
+
+
+class CellStore(Protocol):
+    """What cell sets need of a ``Store``: labels of the cells, and their expression."""
+
+    @property
+    def path(self) -> Path:
+        """Where the store lies, for messages."""
+        ...
+
+    @property
+    def num_cells(self) -> int:
+        """N, rows of the store."""
+        ...
+
+    @property
+    def perturbations(self) -> tuple[str, ...]:
+        """Perturbation names, control included."""
+        ...
+
+    @property
+    def control_index(self) -> int:
+        """Index of the control in ``perturbations``."""
+        ...
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Context names."""
+        ...
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        """Names of the experimental batches."""
+        ...
+
+    @property
+    def pert_code(self) -> npt.NDArray[np.int64]:
+        """[N] index in ``perturbations``."""
+        ...
+
+    @property
+    def context_code(self) -> npt.NDArray[np.int64]:
+        """[N] index in ``contexts``."""
+        ...
+
+    @property
+    def batch_code(self) -> npt.NDArray[np.int64]:
+        """[N] index in ``batches``."""
+        ...
+
+    def nbytes(self, space: OutputSpace) -> int:
+        """Size of the dense float32 matrix of a space, bytes."""
+        ...
+
+    def read_rows(self, space: OutputSpace, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Read rows [start, stop) as a dense matrix."""
+        ...
+
+    def read_matrix(self, space: OutputSpace) -> npt.NDArray[np.float32]:
+        """Read all rows as a dense matrix."""
+        ...
+
+
+class _Purpose(IntEnum):
+    """Keeps the random streams of one seed apart."""
+
+    COMPOSE = 1
+    CONTROLS = 2
+    PREDICT = 3
+
+
+@dataclass(frozen=True)
+class CellGroup:
+    """The cells of one perturbation in one context."""
+
+    pert: int
+    """Index in ``perturbations``."""
+    context: int
+    """Index in ``contexts``."""
+    rows: Rows
+    """Store rows, ascending."""
+
+
+@dataclass(frozen=True)
+class CellSet:
+    """Up to S cells of a group, each with its control cell."""
+
+    pert: int
+    """Index in ``perturbations``."""
+    context: int
+    """Index in ``contexts``."""
+    target_rows: Rows
+    """[S] store rows of the perturbed cells, ascending."""
+    control_rows: Rows
+    """[S] store rows of the control cells, aligned with ``target_rows``."""
+    batch_S: npt.NDArray[np.int64]
+    """[S] index of each perturbed cell's experimental batch."""
+
+
+class ControlPools:
+    """The control cells of a split, by context and by (context, batch).
+
+    Parameters
+    ----------
+    store
+        The store the rows belong to.
+    control_rows
+        Store rows of the control cells to draw from.
+    matching
+        ``batch``: a control of the same context and batch; where there is none, of the same
+        context. ``context``: any control of the same context.
+    """
+
+    def __init__(self, store: CellStore, control_rows: Rows, matching: Matching) -> None:
+        self._store = store
+        self._matching = matching
+        self._by_context: dict[int, Rows] = {}
+        self._by_batch: dict[tuple[int, int], Rows] = {}
+        rows = np.sort(np.asarray(control_rows, dtype=np.int64))
+        contexts, batches = store.context_code[rows], store.batch_code[rows]
+        for context in np.unique(contexts).tolist():
+            in_context = contexts == context
+            self._by_context[context] = rows[in_context]
+            for batch in np.unique(batches[in_context]).tolist():
+                self._by_batch[context, batch] = rows[in_context & (batches == batch)]
+
+    def check_covers(self, target_rows: Rows) -> int:
+        """Make sure that every target cell can be paired, and count the second-best pairs.
+
+        Returns
+        -------
+        int
+            Target cells whose batch has no control (always 0 with ``matching="context"``); they
+            get controls of other batches, which a warning says.
+
+        Raises
+        ------
+        StoreError
+            When a context has target cells and no control cell.
+        """
+        store = self._store
+        contexts, batches = store.context_code[target_rows], store.batch_code[target_rows]
+        bare = sorted(set(np.unique(contexts).tolist()) - self._by_context.keys())
+        if bare:
+            raise StoreError(self._explain_bare_contexts([store.contexts[code] for code in bare]))
+        if self._matching == "context":
+            return 0
+        pairs, counts = np.unique(np.stack([contexts, batches]), axis=1, return_counts=True)
+        missing = {
+            (store.contexts[context], store.batches[batch]): int(count)
+            for context, batch, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
+            if (context, batch) not in self._by_batch
+        }
+        unmatched = sum(missing.values())
+        if unmatched:
+            logger.warning(
+                "%d of %d cells are in a batch without control cells (%s): they are paired with "
+                "controls of their context's other batches",
+                unmatched,
+                len(target_rows),
+                _join_some([f"{context}, batch {batch}" for context, batch in missing]),
+            )
+        return unmatched
+
+    def draw(self, rng: np.random.Generator, context: int, batch_S: npt.NDArray[np.int64]) -> Rows:
+        """Draw one control row for each cell, without replacement while the pool suffices."""
+        everyone = self._by_context[context]
+        if self._matching == "context":
+            return _draw_evenly(rng, everyone, len(batch_S))
+        drawn = np.full(len(batch_S), -1, dtype=np.int64)
+        for batch in np.unique(batch_S).tolist():
+            pool = self._by_batch.get((context, batch))
+            if pool is not None:
+                slots = np.flatnonzero(batch_S == batch)
+                drawn[slots] = _draw_evenly(rng, pool, len(slots))
+        slots = np.flatnonzero(drawn < 0)
+        if len(slots):
+            unused = np.setdiff1d(everyone, drawn)
+            pool = unused if len(unused) >= len(slots) else everyone
+            drawn[slots] = _draw_evenly(rng, pool, len(slots))
+        return drawn
+
+    def _explain_bare_contexts(self, names: Sequence[str]) -> str:
+        store = self._store
+        return (
+            f"{store.path}: no control cell ({store.perturbations[store.control_index]!r}) to pair "
+            f"with the perturbed cells of context {_join_some([repr(n) for n in names])}. Contexts "
+            f"with controls here: {_join_some([store.contexts[c] for c in self._by_context])}. Add "
+            "controls of that context, leave it out with data.keep, or set "
+            'split.controls = "shared"'
+        )
+
+
+class CellSets:
+    """All cell sets of a split, composed on demand: nothing is drawn before it is asked for.
+
+    Parameters
+    ----------
+    groups
+        The cells to cut into sets; at least one group.
+    pools
+        The controls to pair them with.
+    batch_code
+        [N] experimental batch of every row of the store.
+    cell_set_len
+        S, the most cells in a set.
+    seed
+        Seed of compositions and control draws.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[CellGroup],
+        pools: ControlPools,
+        batch_code: npt.NDArray[np.int64],
+        *,
+        cell_set_len: int,
+        seed: int,
+    ) -> None:
+        self.groups = tuple(groups)
+        self._pools = pools
+        self._batch_code = batch_code
+        self._seed = seed
+        sizes = np.array([len(group.rows) for group in self.groups], dtype=np.int64)
+        self._sets_in_group = -(-sizes // cell_set_len)
+        self._group_stop = np.cumsum(self._sets_in_group)
+        self._largest_set = int((-(-sizes // self._sets_in_group)).max())
+        self._permutations: dict[int, tuple[int, Rows]] = {}
+
+    @property
+    def sets_per_epoch(self) -> int:
+        """Sets in an epoch: the same in every epoch."""
+        return int(self._group_stop[-1])
+
+    @property
+    def num_slots(self) -> int:
+        """Cells in the largest set: at most S, and less where every group is small."""
+        return self._largest_set
+
+    def compose(self, epoch: int, set_index: int) -> CellSet:
+        """Compose a set. Pure: the same (epoch, set_index) always gives the same cells.
+
+        A group of n cells is cut into ceil(n / S) sets whose sizes differ by at most one.
+
+        Raises
+        ------
+        IndexError
+            When ``set_index`` is not in [0, ``sets_per_epoch``).
+        """
+        if not 0 <= set_index < self.sets_per_epoch:
+            raise IndexError(f"set {set_index} of {self.sets_per_epoch}")
+        number = int(np.searchsorted(self._group_stop, set_index, side="right"))
+        group, num_sets = self.groups[number], int(self._sets_in_group[number])
+        part = set_index - (int(self._group_stop[number]) - num_sets)
+        size, larger = divmod(len(group.rows), num_sets)
+        start = part * size + min(part, larger)
+        stop = start + size + (part < larger)
+        target_rows = np.sort(self._permute(epoch, number)[start:stop])
+        batch_S = self._batch_code[target_rows]
+        rng = _generator(self._seed, _Purpose.CONTROLS, epoch, set_index)
+        return CellSet(
+            pert=group.pert,
+            context=group.context,
+            target_rows=target_rows,
+            control_rows=self._pools.draw(rng, group.context, batch_S),
+            batch_S=batch_S,
+        )
+
+    def _permute(self, epoch: int, number: int) -> Rows:
+        """Permute a group for an epoch; the last one is kept, for its other sets are near."""
+        known_epoch, rows = self._permutations.get(number, (-1, None))
+        if rows is None or known_epoch != epoch:
+            rng = _generator(self._seed, _Purpose.COMPOSE, epoch, number)
+            rows = rng.permutation(self.groups[number].rows)
+            self._permutations[number] = (epoch, rows)
+        return rows
+
+
+def build_cell_sets(
+    store: CellStore,
+    pert_rows: Rows,
+    control_rows: Rows,
+    *,
+    cell_set_len: int,
+    matching: Matching,
+    seed: int,
+) -> CellSets:
+    """Build the cell sets of a split from its rows, as ``split_rows`` gives them.
+
+    Raises
+    ------
+    StoreError
+        When there are no perturbed cells, or a context has no control cell.
+    """
+    if not len(pert_rows):
+        raise StoreError(
+            f"{store.path}: the split has no perturbed cells to build cell sets from. Check that "
+            "the perturbations named in split.file are in the store, or raise split.train and "
+            "split.val"
+        )
+    pools = ControlPools(store, control_rows, matching)
+    pools.check_covers(pert_rows)
+    groups = find_groups(store, pert_rows)
+    return CellSets(groups, pools, store.batch_code, cell_set_len=cell_set_len, seed=seed)
+
+
+def find_groups(store: CellStore, rows: Rows) -> list[CellGroup]:
+    """Divide rows into groups, ordered by (context, perturbation), rows ascending."""
+    rows = np.asarray(rows, dtype=np.int64)
+    rows = rows[_group_order(store, rows)]
+    contexts, perts = store.context_code[rows], store.pert_code[rows]
+    starts = 1 + np.flatnonzero((np.diff(contexts) != 0) | (np.diff(perts) != 0))
+    return [
+        CellGroup(int(store.pert_code[part[0]]), int(store.context_code[part[0]]), part)
+        for part in np.split(rows, starts)
+        if len(part)
+    ]
+
+
+def pair_controls(
+    store: CellStore,
+    target_rows: Rows,
+    control_rows: Rows,
+    *,
+    matching: Matching,
+    seed: int,
+) -> Rows:
+    """Pair every cell to predict with a control cell, the same one each time.
+
+    Within a (context, perturbation) no control is used twice as long as the pool suffices, and
+    the draw does not depend on the order of ``target_rows`` or on other perturbations.
+
+    Returns
+    -------
+    ndarray of int64 [N]
+        Control rows aligned with ``target_rows``.
+
+    Raises
+    ------
+    StoreError
+        When a context has no control cell.
+    """
+    target_rows = np.asarray(target_rows, dtype=np.int64)
+    pools = ControlPools(store, control_rows, matching)
+    pools.check_covers(target_rows)
+    drawn = []
+    for group in find_groups(store, target_rows):
+        rng = _generator(seed, _Purpose.PREDICT, group.context, group.pert)
+        drawn.append(pools.draw(rng, group.context, store.batch_code[group.rows]))
+    paired = np.empty(len(target_rows), dtype=np.int64)
+    paired[_group_order(store, target_rows)] = np.concatenate([paired[:0], *drawn])
+    return paired
+
+
+def _group_order(store: CellStore, rows: Rows) -> npt.NDArray[np.int64]:
+    return np.lexsort((rows, store.pert_code[rows], store.context_code[rows]))
+
+
+def _draw_evenly(rng: np.random.Generator, pool: Rows, count: int) -> Rows:
+    """Draw rows in random order, each as often as any other, give or take one."""
+    rounds, rest = divmod(count, len(pool))
+    once_more = rng.choice(pool, rest, replace=False)
+    if rounds == 0:
+        return once_more
+    return rng.permutation(np.concatenate([np.tile(pool, rounds), once_more]))
+
+
+def _generator(seed: int, purpose: _Purpose, first: int, second: int) -> np.random.Generator:
+    return np.random.default_rng([seed, int(purpose), first, second])
+
+
+def _join_some(names: Sequence[str], most: int = 5) -> str:
+    shown = "; ".join(names[:most]) or "none"
+    return f"{shown}; and {len(names) - most} more" if len(names) > most else shown

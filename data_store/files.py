@@ -1,0 +1,84 @@
+"""Write files so that a crash leaves the old one or the new one, never half of either.
+
+Lowest level, beside ``schema``: any package may import it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_store.schema import StoreError
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, and rename it into place.
+
+    Raises
+    ------
+    StoreError
+        When the disk is full; the temporary file is removed and the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with full_disk_is_a_user_error(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text as ``write_bytes_atomically`` does."""
+    write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def write_json_atomically(path: Path, content: Any) -> None:
+    """Write indented JSON with sorted keys as ``write_bytes_atomically`` does."""
+    write_text_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's content, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file under a folder, and the folder itself, to disk."""
+    for path in (*sorted(p for p in folder.rglob("*") if p.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def full_disk_is_a_user_error(path: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into one message that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"no space left on the disk of {path} ({os.strerror(error.errno)}). Nothing finished "
+            "was lost: free space, or choose another folder with output_dir (or --out), and run "
+            "the same command again"
+        ) from error

@@ -1,0 +1,20 @@
+"""Words for error messages: the nearest known name, and lists cut to a readable length."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """List the first names and say how many more there are."""
+    listed = list(names)
+    rest = len(listed) - limit
+    text = ", ".join(listed[:limit]) or "(none)"
+    return f"{text} and {rest} more" if rest > 0 else text

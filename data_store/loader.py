@@ -1,0 +1,140 @@
+"""Turn sampled cell sets into batches of expression values, a few of them ahead.
+
+The end of the data store: ``sampler`` and ``cell_sets`` say which cells, ``row_reader`` gives
+their values, and the training loop takes ``CellBatch`` after ``CellBatch``.
+Shape legend: B cell sets, S slots in a set, G genes.
+Tests: ``pytest tests/unit/data_store/test_loader.py``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from data_store.cell_sets import CellSets
+from data_store.row_reader import RowReader
+from data_store.sampler import SetSlice
+from data_store.schema import CellBatch
+
+
+class CellSetLoader(Iterator[CellBatch]):
+    """One pass over the slices of a sampler, as batches.
+
+    Every batch owns its arrays. Use as a context manager, run to the end, or call ``close``:
+    each ends the background thread. An error in the thread is raised by the ``next`` call whose
+    batch it spoilt.
+
+    Parameters
+    ----------
+    sets
+        Composes the sets.
+    sampler
+        Says which sets come next: ``SetSampler`` (endless) or ``FixedSetSampler``.
+    reader
+        Gives the expression values.
+    prefetch_batches
+        Batches prepared ahead in a background thread; 0: prepared when asked for.
+    """
+
+    def __init__(
+        self,
+        sets: CellSets,
+        sampler: Iterable[SetSlice],
+        reader: RowReader,
+        *,
+        prefetch_batches: int = 0,
+    ) -> None:
+        self._sets = sets
+        self._reader = reader
+        self._handed_out: SetSlice | None = None
+        slices = iter(sampler)
+        self._batches = (
+            self._prefetch(slices, prefetch_batches) if prefetch_batches else self._load(slices)
+        )
+
+    def __next__(self) -> CellBatch:
+        return next(self._batches)
+
+    def __enter__(self) -> CellSetLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def position(self) -> int | None:
+        """Sets that all ranks have consumed once the batch handed out last is done.
+
+        Batches that are only prepared do not count. None before the first batch.
+        """
+        return None if self._handed_out is None else self._handed_out.position
+
+    def with_weights(self) -> Iterator[tuple[CellBatch, npt.NDArray[np.float32]]]:
+        """Yield each batch with the weight [B] of its sets, and close at the end."""
+        with self:
+            for batch in self:
+                assert self._handed_out is not None
+                yield batch, self._handed_out.weight_B
+
+    def close(self) -> None:
+        """Stop preparing batches and end the background thread. Safe to call twice."""
+        self._batches.close()
+
+    def _load(self, slices: Iterator[SetSlice]) -> Generator[CellBatch, None, None]:
+        for slice_ in slices:
+            batch = load_batch(self._sets, slice_, self._reader)
+            self._handed_out = slice_
+            yield batch
+
+    def _prefetch(self, slices: Iterator[SetSlice], ahead: int) -> Generator[CellBatch, None, None]:
+        pending: deque[tuple[SetSlice, Future[CellBatch]]] = deque()
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cell-set-loader")
+        try:
+            for slice_ in slices:
+                job = pool.submit(load_batch, self._sets, slice_, self._reader)
+                pending.append((slice_, job))
+                if len(pending) > ahead:
+                    yield self._hand_out(pending)
+            while pending:
+                yield self._hand_out(pending)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _hand_out(self, pending: deque[tuple[SetSlice, Future[CellBatch]]]) -> CellBatch:
+        slice_, job = pending.popleft()
+        batch = job.result()
+        self._handed_out = slice_
+        return batch
+
+
+def load_batch(sets: CellSets, slice_: SetSlice, reader: RowReader) -> CellBatch:
+    """Compose the sets of a slice and gather their values into new arrays."""
+    num_sets, num_slots = len(slice_.sets), sets.num_slots
+    # np.zeros (zeros_like does not) maps fresh pages, which are not written twice then.
+    shape = (num_sets, num_slots, reader.num_genes)
+    control_BSG = np.zeros(shape, dtype=np.float32)
+    target_BSG = np.zeros(shape, dtype=np.float32)
+    mask_BS = np.zeros((num_sets, num_slots), dtype=np.bool_)
+    batch_BS = np.zeros((num_sets, num_slots), dtype=np.int64)
+    pert_B = np.empty(num_sets, dtype=np.int64)
+    context_B = np.empty(num_sets, dtype=np.int64)
+    for place, ref in enumerate(slice_.sets):
+        cell_set = sets.compose(*ref)
+        size = len(cell_set.target_rows)
+        reader.take(cell_set.control_rows, control_BSG[place, :size])
+        reader.take(cell_set.target_rows, target_BSG[place, :size])
+        mask_BS[place, :size] = True
+        batch_BS[place, :size] = cell_set.batch_S
+        pert_B[place] = cell_set.pert
+        context_B[place] = cell_set.context
+    return CellBatch(control_BSG, target_BSG, mask_BS, pert_B, context_B, batch_BS)

@@ -1,0 +1,134 @@
+"""Types that cross package borders: what a batch is, what a table of cells is, how errors look.
+
+This is the lowest level of the import order: it imports nothing of ours, and ``state`` may
+import it alone from ``data_store``. Shape legend: B cell sets, S cells in a set, G genes,
+N cells, P perturbations, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+SplitName: TypeAlias = Literal["train", "val", "test"]
+SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
+
+OutputSpace: TypeAlias = Literal["hvg", "all"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The command line prints its text and exits with code 2.
+
+    The text names the value, what is allowed, the file and key, and the next step.
+    """
+
+
+class StoreError(UserError):
+    """An input file, a store or a split that cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class ObsColumns:
+    """Names of the ``obs`` columns that describe a cell, under the reference's keys."""
+
+    pert_col: str = "target_gene"
+    """Column with the perturbed gene of each cell."""
+    control_pert: str = "non-targeting"
+    """Label in ``pert_col`` that marks control cells."""
+    cell_type_key: str | None = None
+    """Column with the context (cell type or line); None: all cells share one context."""
+    batch_col: str | None = None
+    """Column with the experimental batch; None: all cells share one batch."""
+
+
+class CellBatch(NamedTuple):
+    """A micro-batch of B cell sets of S slots each. Empty slots are zero and masked."""
+
+    control_BSG: npt.NDArray[np.float32]
+    """Control cells, one paired with each target cell (same context, same batch if so asked)."""
+    target_BSG: npt.NDArray[np.float32]
+    """Perturbed cells, the truth."""
+    mask_BS: npt.NDArray[np.bool_]
+    """True where a slot holds a cell. At least one per set."""
+    pert_B: npt.NDArray[np.int64]
+    """Index of the set's perturbation in ``Store.perturbations``: one row a set."""
+    context_B: npt.NDArray[np.int64]
+    """Index of the set's context in ``Store.contexts``."""
+    batch_BS: npt.NDArray[np.int64]
+    """Index of each cell's experimental batch in ``Store.batches``; 0 in empty slots."""
+
+
+ExpressionValues: TypeAlias = sp.csr_matrix | npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CellTable:
+    """Log-normalised expression of labelled cells, for evaluation and baselines."""
+
+    values: ExpressionValues
+    """[N, G] log1p expression; CSR or dense float32."""
+    genes: tuple[str, ...]
+    """Gene names, length G."""
+    labels: npt.NDArray[np.int64]
+    """[N] index of each cell's perturbation in ``label_names``."""
+    label_names: tuple[str, ...]
+    """Perturbation names, control included."""
+    control: str
+    """The name in ``label_names`` that marks control cells."""
+
+
+@dataclass(frozen=True)
+class PerturbationProfiles:
+    """Mean expression of each perturbation in a split: what a simple baseline learns from."""
+
+    names: tuple[str, ...]
+    """Perturbation names, control excluded, length P."""
+    mean_PG: npt.NDArray[np.float64]
+    """[P, G] mean of the log1p values over the cells of each perturbation."""
+    num_cells_P: npt.NDArray[np.int64]
+    """[P] cells behind each mean."""
+    control_mean_G: npt.NDArray[np.float64]
+    """[G] mean of the log1p values over the split's control cells."""
+    features_PD: npt.NDArray[np.float32]
+    """[P, D] perturbation features."""
+
+
+@dataclass(frozen=True)
+class ControlCells:
+    """Control cells paired with the cells to predict (same context, same batch if so asked)."""
+
+    values_NG: npt.NDArray[np.float32]
+    """[N, G] log1p expression."""
+    library_size_N: npt.NDArray[np.float64]
+    """[N] total counts of each cell before normalisation."""
+    target_sum: float
+    """The count every cell was scaled to before log1p."""
+
+
+class TaskRunner(Protocol):
+    """Maps a picklable function over items: in this process, or as Ray tasks.
+
+    Results come in the order of the items; a failed item raises its own error.
+    """
+
+    def __call__(
+        self, task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str
+    ) -> Iterator[Result]:
+        """Yield ``task(item)`` for each item; ``what`` and ``unit`` label the progress."""
+        ...
+
+
+def run_in_process(
+    task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str
+) -> Iterator[Result]:
+    """Map a task over items in this process: the plainest ``TaskRunner``."""
+    del what, unit
+    return map(task, items)

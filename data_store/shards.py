@@ -1,0 +1,178 @@
+"""Write the matrices of a store: sharded Zarr v3 arrays in the form that anndata reads.
+
+``X`` is CSR with ``data`` and ``indices`` cut into shards of equally many non-zeros; ``X_hvg`` is
+dense with shards of equally many rows. Every shard file is written whole, by one task.
+Shape legend: N cells, G genes, H highly variable genes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+import zarr
+from zarr.codecs import BloscCodec, BloscShuffle
+from zarr.storage import LocalStore
+
+# A reader decodes whole chunks. This many rows suit reads of a few hundred consecutive cells.
+ROWS_PER_CHUNK = 64
+MIN_CHUNK_NNZ, MAX_CHUNK_NNZ = 1 << 12, 1 << 17
+# A task reads the rows of its row block and on to the end of its last shard of non-zeros, half a
+# shard on average: with 4 shards in a block that is one eighth more rows, in 8 + 1 files.
+NNZ_SHARDS_PER_BLOCK = 4
+INDPTR_CHUNK = 1 << 20
+HVG_PATH = "obsm/X_hvg"
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Shapes, chunks and shards of the matrices, fixed before anything is written."""
+
+    num_cells: int
+    """N."""
+    num_genes: int
+    """G."""
+    num_hvg: int
+    """H."""
+    nnz: int
+    """Non-zeros of ``X``."""
+    chunk_nnz: int
+    """Elements in an inner chunk of ``X/data`` and ``X/indices``."""
+    shard_nnz: int
+    """Elements in a shard, a multiple of ``chunk_nnz``."""
+    chunk_rows: int
+    """Rows in an inner chunk of ``X_hvg``."""
+    shard_rows: int
+    """Rows in a shard of ``X_hvg`` and in a task's block, a multiple of ``chunk_rows``."""
+
+
+def plan_layout(
+    *, num_cells: int, num_genes: int, num_hvg: int, nnz: int, rows_per_block: int
+) -> StoreLayout:
+    """Choose chunk and shard sizes from the size and density of the data."""
+    chunk_rows = min(ROWS_PER_CHUNK, rows_per_block, num_cells)
+    shard_rows = math.ceil(min(rows_per_block, num_cells) / chunk_rows) * chunk_rows
+    nnz_per_row = nnz / num_cells
+    chunk_nnz = 1 << math.ceil(math.log2(max(1.0, nnz_per_row * ROWS_PER_CHUNK / 2)))
+    chunk_nnz = min(max(chunk_nnz, MIN_CHUNK_NNZ), MAX_CHUNK_NNZ)
+    shard_chunks = math.ceil(nnz_per_row * shard_rows / NNZ_SHARDS_PER_BLOCK / chunk_nnz)
+    return StoreLayout(
+        num_cells=num_cells,
+        num_genes=num_genes,
+        num_hvg=num_hvg,
+        nnz=nnz,
+        chunk_nnz=chunk_nnz,
+        shard_nnz=max(1, shard_chunks) * chunk_nnz,
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+    )
+
+
+def create_arrays(root: Path, layout: StoreLayout, indptr: npt.NDArray[np.int64]) -> None:
+    """Write the metadata of the root and the matrices, and ``X/indptr``. Harmless to repeat."""
+    store = LocalStore(root)
+    _create_group(store, root, "", {"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    for name in ("layers", "obsm", "obsp", "varm", "varp"):
+        _create_group(store, root, name, {"encoding-type": "dict", "encoding-version": "0.1.0"})
+    shape = [layout.num_cells, layout.num_genes]
+    csr = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape}
+    _create_group(store, root, "X", csr)
+    vector = {"shape": (layout.nnz,), "chunks": (layout.chunk_nnz,), "shards": (layout.shard_nnz,)}
+    _create_array(store, root, "X/data", {**vector, "dtype": "float32"})
+    # uint16 would halve them in memory, but scipy does not take such indices as they are.
+    _create_array(store, root, "X/indices", {**vector, "dtype": "int32"})
+    _create_array(
+        store,
+        root,
+        HVG_PATH,
+        {
+            "shape": (layout.num_cells, layout.num_hvg),
+            "chunks": (layout.chunk_rows, layout.num_hvg),
+            "shards": (layout.shard_rows, layout.num_hvg),
+            "dtype": "float32",
+            "attributes": {"encoding-type": "array", "encoding-version": "0.2.0"},
+        },
+    )
+    chunk = min(indptr.size, INDPTR_CHUNK)
+    spec = {"shape": indptr.shape, "chunks": (chunk,), "dtype": "int64"}
+    _create_array(store, root, "X/indptr", spec)
+    _open_for_writing(root, "X/indptr")[:] = indptr
+
+
+def _create_group(store: LocalStore, root: Path, name: str, attributes: dict[str, Any]) -> None:
+    if not (root / name / "zarr.json").is_file():
+        zarr.create_group(store, path=name, zarr_format=3, attributes=attributes)
+
+
+def _create_array(store: LocalStore, root: Path, name: str, spec: dict[str, Any]) -> None:
+    if not (root / name / "zarr.json").is_file():
+        codec = BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle)
+        zarr.create_array(store, name=name, zarr_format=3, compressors=codec, fill_value=0, **spec)
+
+
+def _open_for_writing(root: Path, name: str) -> zarr.Array[Any]:
+    # A shard of zeros is written too, so that every file that must exist can be checked.
+    return zarr.open_array(
+        LocalStore(root), path=name, mode="r+", config={"write_empty_chunks": True}
+    )
+
+
+def write_nnz_shards(
+    root: Path,
+    layout: StoreLayout,
+    first_shard: int,
+    data: npt.NDArray[np.float32],
+    indices: npt.NDArray[np.integer[Any]],
+) -> list[str]:
+    """Write whole shards of ``X/data`` and ``X/indices`` and return their relative paths.
+
+    Parameters
+    ----------
+    root
+        Folder of the store.
+    layout
+        Its layout.
+    first_shard
+        Number of the first shard.
+    data, indices
+        Values and gene numbers from the start of that shard on; they end at a shard's end or at
+        the end of the matrix.
+    """
+    start = first_shard * layout.shard_nnz
+    num_shards = math.ceil(data.size / layout.shard_nnz)
+    names: list[str] = []
+    for name, values in (("X/data", data), ("X/indices", indices)):
+        shards = [f"{name}/c/{first_shard + offset}" for offset in range(num_shards)]
+        _write_region(root, name, shards, slice(start, start + data.size), values)
+        names += shards
+    return names
+
+
+def write_hvg_shard(
+    root: Path, layout: StoreLayout, shard: int, values: sp.csr_matrix
+) -> list[str]:
+    """Write one shard of ``X_hvg`` from its [n, H] rows and return its relative path."""
+    start = shard * layout.shard_rows
+    names = [f"{HVG_PATH}/c/{shard}/0"]
+    region = slice(start, start + values.shape[0])
+    _write_region(root, HVG_PATH, names, region, values.toarray())
+    return names
+
+
+def _write_region(
+    root: Path,
+    name: str,
+    shards: list[str],
+    region: slice,
+    values: npt.NDArray[Any],
+) -> None:
+    # What an interrupted run left would be read and merged with, were it still there.
+    for shard in shards:
+        (root / shard).unlink(missing_ok=True)
+    array = _open_for_writing(root, name)
+    array[region] = values.astype(array.dtype, copy=False)

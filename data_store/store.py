@@ -1,0 +1,204 @@
+"""A finished store, read only: cells by perturbation, genes, and rows of expression.
+
+Made by ``data_store.preprocess``. Cells are sorted by (context, perturbation, batch, source row),
+so a group of cells is a range of rows. Shape legend: N cells, G genes, H highly variable genes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+from anndata.io import read_elem
+from zarr.storage import LocalStore
+
+from data_store.files import sha256_of_file
+from data_store.manifest import (
+    COMMIT_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    is_intact,
+    read_manifest,
+)
+from data_store.obs_labels import read_cell_labels
+from data_store.schema import ObsColumns, OutputSpace
+from data_store.shards import HVG_PATH
+
+ROWS_PER_READ = 4096
+
+
+def is_store(path: Path) -> bool:
+    """Tell whether a folder holds a finished store (damaged ones included)."""
+    return (path / MANIFEST_NAME).is_file() and (path / COMMIT_NAME).is_file()
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """A finished store. Cheap to send to another process, which opens it again.
+
+    Use ``Store.open(path)``.
+    """
+
+    path: Path
+    """Folder of the store."""
+    manifest: Manifest
+    """What it was made from, and its files."""
+    digest: str
+    """SHA-256 of the manifest: equal for stores of equal content."""
+    genes: tuple[str, ...]
+    """Gene names, length G."""
+    hvg_index: npt.NDArray[np.int64]
+    """[H] positions in ``genes`` of the columns of ``X_hvg``, ascending."""
+    perturbations: tuple[str, ...]
+    """Perturbation names, control included, sorted by code point."""
+    control: str
+    """Name of the control."""
+    contexts: tuple[str, ...]
+    """Names of cell types or lines; one, "all", when no column was given."""
+    batches: tuple[str, ...]
+    """Names of experimental batches; one, "all", when no column was given."""
+    pert_code: npt.NDArray[np.int64]
+    """[N] index into ``perturbations``."""
+    context_code: npt.NDArray[np.int64]
+    """[N] index into ``contexts``."""
+    batch_code: npt.NDArray[np.int64]
+    """[N] index into ``batches``."""
+    source_row: npt.NDArray[np.int64]
+    """[N] row of each cell in the h5ad."""
+    library_size: npt.NDArray[np.float64]
+    """[N] total counts before normalisation."""
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open a finished store.
+
+        Raises
+        ------
+        StoreError
+            If it is missing, unfinished, damaged or of a newer format.
+        """
+        manifest = read_manifest(path)
+        columns = ObsColumns(**{key: manifest.spec[key] for key in ObsColumns.__annotations__})
+        obs_group = _open_group(path, "obs")
+        label_columns = (columns.pert_col, columns.cell_type_key, columns.batch_col)
+        wanted = {name for name in label_columns if name is not None}
+        obs = pd.DataFrame({name: read_elem(obs_group[name]) for name in sorted(wanted)})
+        labels = read_cell_labels(obs, columns, path)
+        var = read_elem(_open_group(path, "var"))
+        return cls(
+            path=path,
+            manifest=manifest,
+            digest=sha256_of_file(path / MANIFEST_NAME),
+            genes=tuple(var.index),
+            hvg_index=np.flatnonzero(var["highly_variable"].to_numpy()),
+            perturbations=labels.pert.names,
+            control=columns.control_pert,
+            contexts=labels.context.names,
+            batches=labels.batch.names,
+            pert_code=labels.pert.codes,
+            context_code=labels.context.codes,
+            batch_code=labels.batch.codes,
+            source_row=read_elem(obs_group["source_row"]),
+            library_size=read_elem(obs_group["library_size"]),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store.open, (self.path,)
+
+    @property
+    def num_cells(self) -> int:
+        """N."""
+        return self.pert_code.size
+
+    @property
+    def control_index(self) -> int:
+        """Position of the control in ``perturbations``."""
+        return self.perturbations.index(self.control)
+
+    @property
+    def target_sum(self) -> float:
+        """The count every cell was scaled to before log1p."""
+        return self.manifest.target_sum
+
+    def output_genes(self, space: OutputSpace) -> tuple[str, ...]:
+        """Return the names of the genes of an output space, in column order."""
+        if space == "all":
+            return self.genes
+        return tuple(self.genes[gene] for gene in self.hvg_index)
+
+    def nbytes(self, space: OutputSpace) -> int:
+        """Return the size of the dense float32 matrix of an output space."""
+        width = len(self.genes) if space == "all" else self.hvg_index.size
+        return self.num_cells * width * np.dtype(np.float32).itemsize
+
+    def read_csr(self, start: int, stop: int) -> sp.csr_matrix:
+        """Read rows ``start:stop`` of ``X`` as [n, G] float32 CSR."""
+        self._check_range(start, stop)
+        bounds = self._indptr[start : stop + 1]
+        span = slice(int(bounds[0]), int(bounds[-1]))
+        data = _read(self._arrays["data"], span)
+        indices = _read(self._arrays["indices"], span)
+        shape = (stop - start, len(self.genes))
+        return sp.csr_matrix((data, indices, bounds - bounds[0]), shape=shape)
+
+    def read_rows(self, space: OutputSpace, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Read rows ``start:stop`` of an output space as a dense matrix.
+
+        Returns
+        -------
+        [n, H] or [n, G] float32, log1p of normalised counts.
+        """
+        if space == "all":
+            dense: npt.NDArray[np.float32] = self.read_csr(start, stop).toarray()
+            return dense
+        self._check_range(start, stop)
+        return _read(self._arrays["hvg"], slice(start, stop))
+
+    def read_matrix(self, space: OutputSpace) -> npt.NDArray[np.float32]:
+        """Read all rows of an output space as one dense [N, H] or [N, G] float32 matrix."""
+        values = np.empty((self.num_cells, len(self.output_genes(space))), dtype=np.float32)
+        for start in range(0, self.num_cells, ROWS_PER_READ):
+            stop = min(start + ROWS_PER_READ, self.num_cells)
+            values[start:stop] = self.read_rows(space, start, stop)
+        return values
+
+    def read_obs(self, rows: npt.NDArray[np.int64]) -> pd.DataFrame:
+        """Read all ``obs`` columns of some rows, under the cells' own names."""
+        return read_elem(_open_group(self.path, "obs")).iloc[rows]
+
+    def verify(self) -> list[str]:
+        """Read every file and return the names of those that are missing or damaged."""
+        files = self.manifest.files
+        return [name for name in sorted(files) if not is_intact(self.path / name, files[name])]
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.num_cells:
+            raise IndexError(f"rows {start}:{stop} are not within 0:{self.num_cells}")
+
+    @cached_property
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        names = {"data": "X/data", "indices": "X/indices", "hvg": HVG_PATH}
+        return {key: _open_array(self.path, name) for key, name in names.items()}
+
+    @cached_property
+    def _indptr(self) -> npt.NDArray[np.int64]:
+        return _read(_open_array(self.path, "X/indptr"), slice(None))
+
+
+def _open_group(root: Path, name: str) -> zarr.Group:
+    return zarr.open_group(LocalStore(root, read_only=True), path=name, mode="r")
+
+
+def _open_array(root: Path, name: str) -> zarr.Array[Any]:
+    return zarr.open_array(LocalStore(root, read_only=True), path=name, mode="r")
+
+
+def _read(array: zarr.Array[Any], rows: slice) -> npt.NDArray[Any]:
+    return np.asarray(array[rows])

@@ -1,0 +1,1 @@
+"""The command line, the pipeline and everything that runs on Ray."""

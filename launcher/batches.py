@@ -1,0 +1,106 @@
+"""Connect store, splits, cell sets and loaders to what the training loop and prediction take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from data_store.cell_sets import CellSets, build_cell_sets, find_groups
+from data_store.loader import CellSetLoader
+from data_store.row_reader import RowReader, open_rows
+from data_store.sampler import FixedSetSampler, SetSampler
+from data_store.schema import CellBatch, SplitName
+from data_store.splits import Splits, split_rows
+from data_store.store import Store
+from state.config import RunConfig, TrainConfig
+from state.training.loop import BatchSource
+
+Rows = npt.NDArray[np.int64]
+
+
+def build_batch_source(
+    config: RunConfig,
+    settings: TrainConfig,
+    store: Store,
+    splits: Splits,
+    rank: int,
+    world_size: int,
+) -> BatchSource:
+    """Build this rank's stream of training batches and its share of the validation sets."""
+    reader = open_rows(store, config.model.output_space, resident_gib=config.data.resident_gib)
+
+    def build_sets(split: SplitName) -> CellSets:
+        pert_rows, control_rows = split_rows(store, splits, split)
+        return build_cell_sets(
+            store,
+            pert_rows,
+            control_rows,
+            cell_set_len=config.model.cell_set_len,
+            matching=config.data.control_matching,
+            seed=config.seed,
+        )
+
+    train_sets, val_sets = build_sets("train"), build_sets("val")
+
+    def open_train(position: int) -> CellSetLoader:
+        sampler = SetSampler(
+            sets_per_epoch=train_sets.sets_per_epoch,
+            seed=config.seed,
+            micro_batch_size=settings.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            position=position,
+        )
+        return CellSetLoader(
+            train_sets, sampler, reader, prefetch_batches=config.data.prefetch_batches
+        )
+
+    def iterate_val() -> Iterable[tuple[CellBatch, npt.NDArray[np.float32]]]:
+        sampler = FixedSetSampler(
+            sets_per_epoch=val_sets.sets_per_epoch,
+            seed=config.seed,
+            micro_batch_size=settings.micro_batch_size,
+            max_sets=settings.val_max_sets,
+            rank=rank,
+            world_size=world_size,
+        )
+        return CellSetLoader(
+            val_sets, sampler, reader, prefetch_batches=config.data.prefetch_batches
+        ).with_weights()
+
+    return BatchSource(open_train=open_train, iterate_val=iterate_val)
+
+
+def iterate_prediction_batches(
+    store: Store,
+    reader: RowReader,
+    target_rows: Rows,
+    paired_rows: Rows,
+    *,
+    cell_set_len: int,
+) -> Iterator[tuple[Rows, CellBatch]]:
+    """Yield one cell set at a time with the positions in ``target_rows`` that it predicts.
+
+    Sets are cut as evenly as in training, so that the model meets sets of the sizes it knows.
+    The truth is not read: ``target_BSG`` is empty.
+    """
+    place_of = {int(row): place for place, row in enumerate(target_rows)}
+    for group in find_groups(store, target_rows):
+        num_sets = -(-len(group.rows) // cell_set_len)
+        for rows in np.array_split(group.rows, num_sets):
+            places = np.array([place_of[int(row)] for row in rows], dtype=np.int64)
+            control_SG = np.empty((len(rows), reader.num_genes), dtype=np.float32)
+            reader.take(paired_rows[places], control_SG)
+            yield (
+                places,
+                CellBatch(
+                    control_BSG=control_SG[None],
+                    target_BSG=np.empty((1, len(rows), 0), dtype=np.float32),
+                    mask_BS=np.ones((1, len(rows)), dtype=np.bool_),
+                    pert_B=np.array([group.pert], dtype=np.int64),
+                    context_B=np.array([group.context], dtype=np.int64),
+                    batch_BS=store.batch_code[rows][None],
+                ),
+            )

@@ -1,0 +1,332 @@
+"""The command line: ``statewide run|preprocess|split|train|predict|evaluate|simulate|doctor``.
+
+A command's answer goes to standard output; a user's mistake to standard error, with exit code 2.
+Heavy packages are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from data_store.schema import SPLIT_NAMES, UserError
+
+if TYPE_CHECKING:
+    from launcher.pipeline import Pipeline, StageName
+    from launcher.progress import Reporter
+    from launcher.ray_cluster import RayCluster, ThisProcess
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class Interrupted(BaseException):
+    """The user or the scheduler asked this process to stop."""
+
+
+app = typer.Typer(
+    name="statewide",
+    help="Train the STATE perturbation model on Perturb-seq atlases, and judge it honestly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigArg = Annotated[Path, typer.Argument(help="Recipe in TOML, such as configs/demo.toml.")]
+OverridesArg = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe: key.sub=value ...")
+]
+AddressOpt = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to use; default: RAY_ADDRESS, or a Ray started here."),
+]
+LocalOpt = Annotated[bool, typer.Option("--local", help="Run everything in this process.")]
+OverwriteOpt = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run folder's results and start again.")
+]
+PertColOpt = Annotated[str, typer.Option(help="obs column with the perturbed gene.")]
+ControlOpt = Annotated[str, typer.Option(help="Label of the control cells in that column.")]
+
+
+@app.command()
+def run(
+    config: ConfigArg,
+    overrides: OverridesArg = None,
+    address: AddressOpt = None,
+    local: LocalOpt = False,
+    overwrite: OverwriteOpt = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe and print the plan; do nothing.")
+    ] = False,
+) -> None:
+    """Preprocess, train, predict, evaluate; finished stages are skipped; print the leaderboard.
+
+    Example: statewide run configs/demo.toml train.max_steps=200
+    """
+    if dry_run:
+        _print_plan(config, overrides)
+        return
+    pipeline = _run_until("evaluate", config, overrides, address, local, overwrite)
+    from launcher.evaluate_job import print_leaderboard
+
+    print_leaderboard(pipeline.folder)
+
+
+@app.command()
+def train(
+    config: ConfigArg,
+    overrides: OverridesArg = None,
+    address: AddressOpt = None,
+    local: LocalOpt = False,
+    overwrite: OverwriteOpt = False,
+) -> None:
+    """Run the stages up to training, and stop there.
+
+    Example: statewide train configs/demo.toml cluster.num_workers=1
+    """
+    pipeline = _run_until("train", config, overrides, address, local, overwrite)
+    typer.echo(f"checkpoints: {pipeline.folder.checkpoints}")
+
+
+@app.command()
+def preprocess(
+    input_path: Annotated[Path, typer.Argument(metavar="INPUT", help="h5ad with raw counts.")],
+    out: Annotated[Path, typer.Option(help="Folder of the store to write.")],
+    n_hvg: Annotated[int, typer.Option(min=1, help="Highly variable genes to select.")] = 2000,
+    pert_col: PertColOpt = "target_gene",
+    control: ControlOpt = "non-targeting",
+    batch_col: Annotated[str | None, typer.Option(help="obs column with the batch.")] = None,
+    cell_type_key: Annotated[
+        str | None, typer.Option(help="obs column with the context (cell type or line).")
+    ] = None,
+    library_size_col: Annotated[
+        str | None, typer.Option(help="obs column with total counts; default: row sums.")
+    ] = None,
+    address: AddressOpt = None,
+    local: LocalOpt = False,
+) -> None:
+    """Normalise, log1p, select HVGs, and write a sharded Zarr store that AnnData opens.
+
+    Example: statewide preprocess atlas.h5ad --out stores/atlas --batch-col batch
+    """
+    from launcher.preprocess_job import preprocess_input
+    from state.config import DataConfig
+
+    data = DataConfig(
+        input=input_path.absolute(),
+        pert_col=pert_col,
+        control_pert=control,
+        cell_type_key=cell_type_key,
+        batch_col=batch_col,
+        library_size_col=library_size_col,
+        n_top_genes=n_hvg,
+    )
+    with _open_cluster(address, local=local) as (cluster, _):
+        store = preprocess_input(data, out.absolute(), cluster.run_tasks)
+    typer.echo(
+        f"{store.path}: {store.num_cells} cells, {len(store.genes)} genes, "
+        f"{len(store.hvg_index)} highly variable"
+    )
+
+
+@app.command()
+def split(
+    store_path: Annotated[Path, typer.Argument(metavar="STORE", help="A finished store.")],
+    out: Annotated[Path, typer.Option(help="File to write, such as splits.toml.")],
+    train_share: Annotated[
+        float, typer.Option("--train", min=0.0, max=1.0, help="Share to train on.")
+    ] = 0.64,
+    val_share: Annotated[
+        float, typer.Option("--val", min=0.0, max=1.0, help="Share for validation.")
+    ] = 0.16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 42,
+) -> None:
+    """Divide the perturbations of a store into train, val and test.
+
+    Example: statewide split stores/atlas --out splits.toml --seed 7
+    """
+    from data_store.splits import make_random_splits, write_splits
+    from data_store.store import Store
+
+    store = Store.open(store_path)
+    splits = make_random_splits(
+        store, train=train_share, val=val_share, seed=seed, controls="partition"
+    )
+    write_splits(out, splits)
+    typer.echo(splits.describe(store))
+
+
+@app.command()
+def predict(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
+    out: Annotated[Path, typer.Option(help="h5ad to write.")],
+    split_name: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
+) -> None:
+    """Predict the cells of a split with a trained model, and write them as an h5ad.
+
+    Example: statewide predict runs/demo --split val --out val_pred.h5ad
+    """
+    from launcher.errors import LaunchError
+    from launcher.pipeline import Pipeline
+    from launcher.predict_job import predict_split
+    from launcher.progress import Reporter
+    from launcher.ray_cluster import ThisProcess
+    from launcher.run_folder import open_run_folder
+
+    wanted = next((name for name in SPLIT_NAMES if name == split_name), None)
+    if wanted is None:
+        raise LaunchError(f"--split {split_name!r} must be one of {', '.join(SPLIT_NAMES)}")
+    folder, config = open_run_folder(run_dir)
+    reporter = Reporter()
+    trained = Pipeline(config, ThisProcess(reporter), reporter)
+    predict_split(folder, trained.store, trained.checkpoint, wanted, out.absolute())
+    typer.echo(str(out))
+
+
+@app.command()
+def evaluate(
+    real: Annotated[Path, typer.Option(help="True cells: h5ad or zarr, log-normalised.")],
+    pred: Annotated[Path, typer.Option(help="Predicted cells: h5ad or zarr.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")],
+    pert_col: PertColOpt = "target_gene",
+    control: ControlOpt = "non-targeting",
+) -> None:
+    """Compute DES, PDS and MAE of predicted against true cells.
+
+    Example: statewide evaluate --real real.h5ad --pred pred.h5ad --out scores
+    """
+    from launcher.evaluate_job import evaluate_files
+
+    typer.echo(evaluate_files(real, pred, out, pert_col=pert_col, control=control))
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="h5ad to write.")],
+    cells: Annotated[int, typer.Option(min=1, help="Cells, controls included.")] = 5000,
+    genes: Annotated[int, typer.Option(min=1, help="Genes.")] = 1000,
+    perturbations: Annotated[int, typer.Option(min=1, help="Perturbed genes.")] = 50,
+    batches: Annotated[int, typer.Option(min=1, help="Experimental batches.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
+) -> None:
+    """Write an atlas with known effects, its perturbation features and its truth.
+
+    Example: statewide simulate --out atlas.h5ad --cells 20000 --perturbations 100
+    """
+    from launcher.preprocess_job import simulate as write_atlas
+    from state.config import SimulateConfig
+
+    config = SimulateConfig(
+        num_cells=cells,
+        num_genes=genes,
+        num_perturbations=perturbations,
+        num_batches=batches,
+        seed=seed,
+    )
+    features = out.with_name(f"{out.stem}_pert_features.pt")
+    write_atlas(config, out.absolute(), features.absolute())
+    typer.echo(f"{out}\n{features}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: versions, hardware, and packages that cannot live together.
+
+    Example: statewide doctor
+    """
+    from launcher.doctor import examine
+
+    report, is_healthy = examine()
+    typer.echo(report)
+    if not is_healthy:
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except UserError as error:
+        _complain(f"error: {error}")
+        sys.exit(EXIT_USER_ERROR)
+    except Interrupted:
+        _complain("interrupted. Run the same command again to go on where it stopped")
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    del signum, frame
+    raise Interrupted
+
+
+def _complain(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_plan(config_path: Path, overrides: list[str] | None) -> None:
+    from launcher.deepspeed_config import read_deepspeed_json
+    from launcher.pipeline import Pipeline, describe_plan
+    from launcher.progress import Reporter
+    from launcher.ray_cluster import ThisProcess
+    from state.config import dump_config, load_config
+
+    config = load_config(config_path, overrides or ())
+    read_deepspeed_json(config.train.deepspeed)
+    reporter = Reporter()
+    typer.echo(dump_config(config))
+    typer.echo(describe_plan(Pipeline(config, ThisProcess(reporter), reporter), config_path))
+
+
+def _run_until(
+    until: StageName,
+    config_path: Path,
+    overrides: list[str] | None,
+    address: str | None,
+    local: bool,
+    overwrite: bool,
+) -> Pipeline:
+    from launcher.pipeline import Pipeline
+    from state.config import load_config
+
+    config = load_config(config_path, overrides or ())
+    with _open_cluster(address, local=local) as (cluster, reporter):
+        pipeline = Pipeline(config, cluster, reporter)
+        pipeline.run(overwrite=overwrite, until=until)
+    return pipeline
+
+
+@contextlib.contextmanager
+def _open_cluster(
+    address: str | None, *, local: bool
+) -> Iterator[tuple[RayCluster | ThisProcess, Reporter]]:
+    from launcher.errors import LaunchError
+    from launcher.progress import Reporter
+    from launcher.ray_cluster import RayCluster, ThisProcess
+
+    if local and address:
+        raise LaunchError(
+            f"--local runs in this process, --address {address} on a cluster: give one of them"
+        )
+    reporter = Reporter()
+    cluster = ThisProcess(reporter) if local else RayCluster(address, reporter)
+    try:
+        yield cluster, reporter
+    finally:
+        cluster.close()
+
+
+if __name__ == "__main__":
+    main()

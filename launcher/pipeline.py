@@ -1,0 +1,293 @@
+"""The whole way: simulate, preprocess, split, train, predict, evaluate.
+
+Each step is a stage (``launcher.stages``) that is skipped while nothing it depends on changed.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from data_store.files import sha256_of_file, write_json_atomically
+from data_store.store import Store, is_store
+from launcher.deepspeed_config import read_deepspeed_json
+from launcher.errors import LaunchError
+from launcher.evaluate_job import evaluate_run
+from launcher.predict_job import predict_run
+from launcher.preprocess_job import preprocess_input, simulate, split_store
+from launcher.progress import Reporter
+from launcher.ray_cluster import RayCluster, ThisProcess
+from launcher.run_folder import RunFolder
+from launcher.stages import Stage, StageRunner, fingerprint, identify_file
+from launcher.train_job import train_here, train_with_ray
+from launcher.train_worker import TrainTask
+from state.config import RunConfig
+from state.training.checkpoint import Checkpoint, CheckpointFolder
+
+StageName = Literal["simulate", "preprocess", "split", "train", "predict", "evaluate"]
+STAGE_NAMES: tuple[StageName, ...] = (
+    "simulate",
+    "preprocess",
+    "split",
+    "train",
+    "predict",
+    "evaluate",
+)
+
+
+class Pipeline:
+    """One run of one recipe in its run folder.
+
+    Parameters
+    ----------
+    config
+        The resolved recipe.
+    cluster
+        Where tasks and training run.
+    reporter
+        Where progress is shown.
+    """
+
+    def __init__(
+        self, config: RunConfig, cluster: RayCluster | ThisProcess, reporter: Reporter
+    ) -> None:
+        self.config = config
+        self.folder = RunFolder(config.output_dir)
+        self._cluster = cluster
+        self._reporter = reporter
+        self._runner = StageRunner(self.folder, reporter)
+
+    def run(self, *, overwrite: bool = False, until: StageName = "evaluate") -> None:
+        """Run the stages up to and with ``until``, in a folder locked for this process.
+
+        Raises
+        ------
+        UserError
+            For anything the user can mend; finished stages stay finished.
+        """
+        self._refuse_missing_inputs()
+        deepspeed = read_deepspeed_json(self.config.train.deepspeed)
+        with self.folder.lock():
+            self.folder.adopt(self.config, overwrite=overwrite)
+            write_json_atomically(self.folder.deepspeed, deepspeed)
+            self._refuse_too_few_resources(until)
+            for name in STAGE_NAMES[: STAGE_NAMES.index(until) + 1]:
+                stage = self._build(name)
+                if stage is not None:
+                    self._runner.run(stage)
+
+    def missing_inputs(self) -> list[str]:
+        """Name the configured files that are not there."""
+        config, made_here = self.config, self.config.simulate is not None
+        named = {
+            "data.input": None if made_here else config.data.input,
+            "features.path": None if made_here else config.features.path,
+            "split.file": config.split.file,
+            "train.deepspeed": config.train.deepspeed,
+        }
+        return [
+            f"{key} = {str(path)!r} does not exist"
+            for key, path in named.items()
+            if path is not None and not path.exists()
+        ]
+
+    def _refuse_missing_inputs(self) -> None:
+        problems = self.missing_inputs()
+        if problems:
+            raise LaunchError(
+                "\n".join(problems) + "\nCorrect the path in the recipe, or give it as KEY=PATH"
+            )
+
+    def _refuse_too_few_resources(self, until: StageName) -> None:
+        """Say before the hours of preprocessing, not after, that training cannot fit."""
+        trains = STAGE_NAMES.index(until) >= STAGE_NAMES.index("train")
+        if trains and not self._runner.was_finished("train"):
+            self._cluster.require(self.config.cluster)
+
+    def _build(self, name: StageName) -> Stage | None:
+        """Describe a stage; None where the recipe has no such stage.
+
+        Called just before the stage runs, because its fingerprint holds what the ones before it
+        made.
+        """
+        builders = {
+            "simulate": self._simulate_stage,
+            "preprocess": self._preprocess_stage,
+            "split": self._split_stage,
+            "train": self._train_stage,
+            "predict": self._predict_stage,
+            "evaluate": self._evaluate_stage,
+        }
+        return builders[name]()
+
+    def _simulate_stage(self) -> Stage | None:
+        simulation, features = self.config.simulate, self.config.features.path
+        if simulation is None:
+            return None
+        atlas = self.config.data.input
+        return Stage(
+            name="simulate",
+            fingerprint=fingerprint("simulate", simulation.model_dump(), atlas, features),
+            outputs=[atlas] if features is None else [atlas, features],
+            work=lambda: simulate(simulation, atlas, features),
+        )
+
+    def _preprocess_stage(self) -> Stage | None:
+        data = self.config.data
+        if is_store(data.input):
+            self._reporter.say(f"preprocess: {data.input} is a finished store: used as it is")
+            return None
+        used = data.model_dump(
+            mode="json",
+            include={
+                *("input", "pert_col", "control_pert", "cell_type_key", "batch_col"),
+                *("library_size_col", "keep", "n_top_genes"),
+            },
+        )
+        return Stage(
+            name="preprocess",
+            fingerprint=fingerprint("preprocess", used, identify_file(data.input)),
+            outputs=[self.folder.store],
+            work=lambda: self._say_store(
+                preprocess_input(data, self.folder.store, self._cluster.run_tasks)
+            ),
+        )
+
+    def _split_stage(self) -> Stage:
+        config = self.config
+        files = [path for path in (config.split.file, config.features.path) if path is not None]
+        return Stage(
+            name="split",
+            fingerprint=fingerprint(
+                "split",
+                self.store.digest,
+                config.split.model_dump(mode="json"),
+                config.features.model_dump(mode="json"),
+                config.seed,
+                [identify_file(path) for path in files],
+            ),
+            outputs=[self.folder.splits, self.folder.features],
+            work=lambda: self._reporter.say(
+                split_store(config, self.store, self.folder).describe(self.store)
+            ),
+        )
+
+    def _train_stage(self) -> Stage:
+        run_fingerprint = self._run_fingerprint
+        return Stage(
+            name="train",
+            fingerprint=run_fingerprint,
+            outputs=[self.folder.checkpoints, self.folder.metrics, self.folder.path / "tb"],
+            work=self._train,
+        )
+
+    def _predict_stage(self) -> Stage:
+        evaluate = self.config.evaluate
+        return Stage(
+            name="predict",
+            fingerprint=fingerprint(
+                "predict",
+                self._run_fingerprint,
+                sha256_of_file(self.checkpoint.folder / "manifest.json"),
+                evaluate.model_dump(mode="json", include={"baselines", "ridge_alphas"}),
+            ),
+            outputs=[self.folder.predictions],
+            work=lambda: predict_run(
+                self.config, self.folder, self.store, self.checkpoint, self._cluster.run_tasks
+            ),
+        )
+
+    def _evaluate_stage(self) -> Stage:
+        predicted = sorted(self.folder.predictions.glob("*.h5ad"))
+        return Stage(
+            name="evaluate",
+            fingerprint=fingerprint(
+                "evaluate", self.config.evaluate.fdr, [identify_file(path) for path in predicted]
+            ),
+            outputs=[self.folder.evaluation],
+            work=lambda: evaluate_run(self.config, self.folder, self._cluster.run_tasks),
+        )
+
+    def _train(self) -> None:
+        config = self.config
+        alone = isinstance(self._cluster, ThisProcess)
+        task = TrainTask(
+            run_dir=self.folder.path,
+            store=self.store.path,
+            run_fingerprint=self._run_fingerprint,
+            # Alone, one worker takes the micro-batches of all: the global batch, and so the
+            # training, stays the recipe's.
+            micro_batch_size=config.train.micro_batch_size
+            * (config.cluster.num_workers if alone else 1),
+        )
+        if alone:
+            train_here(task, config, self._reporter)
+        else:
+            train_with_ray(task, config, self._reporter)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store this run reads."""
+        data = self.config.data
+        return Store.open(data.input if is_store(data.input) else self.folder.store)
+
+    @property
+    def _run_fingerprint(self) -> str:
+        """Digest of all that the weights depend on."""
+        config = self.config
+        return fingerprint(
+            "train",
+            self.store.digest,
+            sha256_of_file(self.folder.splits),
+            sha256_of_file(self.folder.features),
+            sha256_of_file(self.folder.deepspeed),
+            config.features.model_dump(mode="json"),
+            config.data.control_matching,
+            config.model.model_dump(mode="json"),
+            config.loss.model_dump(mode="json"),
+            config.train.model_dump(mode="json", exclude={"log_every_steps", "deepspeed"}),
+            config.seed,
+        )
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that ``evaluate.checkpoint`` asks for."""
+        folder = CheckpointFolder(self.folder.checkpoints, self._run_fingerprint)
+        wanted = self.config.evaluate.checkpoint
+        checkpoint = folder.best() if wanted == "best" else folder.last()
+        if checkpoint is None:
+            raise LaunchError(
+                f"{self.folder.checkpoints} holds no complete checkpoint. Train first: "
+                "statewide train CONFIG"
+            )
+        return checkpoint
+
+    def _say_store(self, store: Store) -> None:
+        self._reporter.say(
+            f"  store: {store.num_cells:,} cells x {len(store.genes):,} genes, "
+            f"{len(store.perturbations) - 1:,} perturbations, {len(store.batches)} batches, "
+            f"{len(store.hvg_index):,} highly variable genes"
+        )
+
+
+def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
+    """Say what a run would read, ask for and do, without doing any of it."""
+    config = pipeline.config
+    cluster = config.cluster
+    gpu = " and 1 GPU" if cluster.use_gpu else ""
+    missing = pipeline.missing_inputs()
+    stages = [name for name in STAGE_NAMES if name != "simulate" or config.simulate is not None]
+    sets_per_step = (
+        config.train.micro_batch_size * config.train.grad_accum_steps * cluster.num_workers
+    )
+    lines = [
+        f"recipe {recipe} is valid",
+        f"stages: {' -> '.join(stages)}",
+        f"run folder: {config.output_dir}",
+        f"resources: {cluster.num_workers} workers with {cluster.cpus_per_worker} CPU{gpu} each",
+        f"global batch: {sets_per_step} sets of up to {config.model.cell_set_len} cells",
+        *(f"not found yet: {line}" for line in missing),
+        *([] if missing else ["all input files are there"]),
+    ]
+    return "\n".join(lines)

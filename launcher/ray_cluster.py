@@ -1,0 +1,193 @@
+"""Connect to a Ray cluster, or start one on this machine, and run tasks on it.
+
+Connecting is lazy: a run whose stages are all finished never starts Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from data_store.schema import UserError
+from launcher.errors import LaunchError
+from launcher.progress import Reporter
+from state.config import ClusterConfig
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_TASK_RETRIES = 3
+
+
+class RayCluster:
+    """A Ray cluster, connected on first use.
+
+    Parameters
+    ----------
+    address
+        Address of a running cluster; None takes ``RAY_ADDRESS``, or else starts a local Ray.
+    reporter
+        Where progress is shown.
+    """
+
+    def __init__(self, address: str | None, reporter: Reporter) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS") or None
+        self._reporter = reporter
+        self._connected_here = False
+
+    def connect(self) -> None:
+        """Connect, or start a local Ray; does nothing when already connected.
+
+        Raises
+        ------
+        LaunchError
+            When no cluster answers at the address.
+        """
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        where = self._address or "a local Ray on this machine"
+        self._reporter.say(f"Ray: connecting to {where}", "dim")
+        try:
+            ray.init(
+                address=self._address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise LaunchError(
+                f"no Ray cluster can be used at {where}: {error}\nCheck the address (--address "
+                "or RAY_ADDRESS) and that RAY_AUTH_MODE=token is set if the cluster asks for a "
+                "token, or leave the address out to start a local Ray"
+            ) from None
+        self._connected_here = True
+
+    def close(self) -> None:
+        """Disconnect, and stop the local Ray if this object started it."""
+        if self._connected_here:
+            ray.shutdown()
+            self._connected_here = False
+
+    def require(self, wanted: ClusterConfig) -> None:
+        """Check that the cluster can ever hold the training workers.
+
+        Raises
+        ------
+        LaunchError
+            Saying what was asked for, what exists, and three ways out. Ray itself would wait
+            for ever.
+        """
+        self.connect()
+        have = ray.cluster_resources()
+        cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+        fits = min(
+            math.floor(cpus / wanted.cpus_per_worker),
+            math.floor(gpus) if wanted.use_gpu else wanted.num_workers,
+        )
+        if fits >= wanted.num_workers:
+            return
+        gpu_each = " and 1 GPU" if wanted.use_gpu else ""
+        ways = [
+            f"cluster.num_workers={fits}" if fits else "a smaller cluster.cpus_per_worker",
+            "a larger cluster (--address)",
+            "cluster.use_gpu=false" if wanted.use_gpu else "--local, to train in this process",
+        ]
+        raise LaunchError(
+            f"cluster.num_workers = {wanted.num_workers} workers with {wanted.cpus_per_worker} "
+            f"CPU{gpu_each} each were asked for, but the cluster has {cpus:g} CPUs and "
+            f"{gpus:g} GPUs, enough for {fits}. Use one of: {'; '.join(ways)}"
+        )
+
+    def run_tasks(
+        self, task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str
+    ) -> Iterator[Result]:
+        """Run ``task`` on each item as Ray tasks and yield the results in order.
+
+        At most twice as many tasks as the cluster has CPUs are in flight, so that a long list
+        neither floods the scheduler nor piles up results.
+        """
+        self.connect()
+        remote = ray.remote(num_cpus=1, max_retries=_TASK_RETRIES)(_call)
+        task_ref = ray.put(task)
+        limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        with self._reporter.track(what, sum(map(size_of, items)), unit) as tracker:
+            waiting: deque[tuple[Item, Any]] = deque()
+            pending = iter(items)
+            while True:
+                while len(waiting) < limit and (item := next(pending, None)) is not None:
+                    waiting.append((item, remote.remote(task_ref, item)))
+                if not waiting:
+                    return
+                item, reference = waiting.popleft()
+                try:
+                    result: Result = _get(reference)
+                except BaseException:
+                    for _, other in waiting:
+                        ray.cancel(other, force=True)
+                    raise
+                tracker.advance(size_of(item))
+                yield result
+
+
+class ThisProcess:
+    """Runs everything in this process, one task after another (``--local``)."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to stop."""
+
+    def require(self, wanted: ClusterConfig) -> None:
+        """Check that a GPU is there if one was asked for.
+
+        Raises
+        ------
+        LaunchError
+            When ``use_gpu`` is set on a machine without a usable GPU.
+        """
+        if wanted.use_gpu and not torch.cuda.is_available():
+            raise LaunchError(
+                "cluster.use_gpu = true, but torch finds no CUDA GPU in this process. Set "
+                "cluster.use_gpu=false, or see: statewide doctor"
+            )
+
+    def run_tasks(
+        self, task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str
+    ) -> Iterator[Result]:
+        """Run ``task`` on each item here and yield the results in order."""
+        with self._reporter.track(what, sum(map(size_of, items)), unit) as tracker:
+            for item in items:
+                result = task(item)
+                tracker.advance(size_of(item))
+                yield result
+
+
+def size_of(item: Any) -> int:
+    """Return how much an item counts in the progress: its ``num_cells``, or 1."""
+    return int(getattr(item, "num_cells", 1))
+
+
+def _call(task: Callable[[Any], Any], item: Any) -> Any:
+    return task(item)
+
+
+def _get(reference: Any) -> Any:
+    """Fetch a result; a user's mistake comes back as itself, without Ray's traceback."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise

@@ -1,0 +1,141 @@
+"""The folder of one run: where things are, who works in it, and whose config it belongs to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_store.files import write_text_atomically
+from launcher.errors import LaunchError
+from state.config import RunConfig, describe_differences, dump_config, load_resolved_config
+
+# Sections that a rerun may change: they decide how, where and against what, not which model.
+_MAY_CHANGE = (
+    "cluster.",
+    "data.prefetch_batches",
+    "data.resident_gib",
+    "data.rows_per_block",
+    "evaluate.",
+    "train.log_every_steps",
+)
+
+
+class RunFolder:
+    """Paths of a run folder.
+
+    Parameters
+    ----------
+    path
+        The run's ``output_dir``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.deepspeed = path / "deepspeed.json"
+        self.stages = path / "stages"
+        self.store = path / "store"
+        self.splits = path / "splits.toml"
+        self.features = path / "features.json"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.predictions = path / "predictions"
+        self.evaluation = path / "evaluation"
+        self.logs = path / "logs"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Raises
+        ------
+        LaunchError
+            When another process holds it; its host and process id are named.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock_path = self.path / ".lock"
+        with lock_path.open("a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                owner = handle.read().strip() or "unknown"
+                raise LaunchError(
+                    f"run folder {self.path} is in use by another statewide ({owner}). Wait for "
+                    "it, stop it, or choose another output_dir"
+                ) from None
+            handle.truncate(0)
+            handle.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+            handle.flush()
+            yield
+
+    def adopt(self, config: RunConfig, *, overwrite: bool) -> None:
+        """Write ``config.toml``, after checking that the folder belongs to this config.
+
+        Raises
+        ------
+        LaunchError
+            When the folder holds something else than a run, or a run with other settings.
+        """
+        if overwrite:
+            self._clear()
+        if self.config.is_file():
+            self._refuse_other_config(config)
+        elif foreign := self._foreign_entries():
+            raise LaunchError(
+                f"output_dir = {self.path} is not a run folder and not empty (it holds "
+                f"{', '.join(foreign[:3])}). Choose another output_dir"
+            )
+        write_text_atomically(self.config, dump_config(config))
+
+    def _refuse_other_config(self, config: RunConfig) -> None:
+        before = load_resolved_config(self.config)
+        changes = [
+            line
+            for line in describe_differences(config, before)
+            if not line.startswith(_MAY_CHANGE)
+        ]
+        if changes:
+            listing = "\n  ".join(changes)
+            raise LaunchError(
+                f"run folder {self.path} belongs to another config. Changed since:\n  {listing}\n"
+                "Choose another output_dir=..., or start this one again with --overwrite (its "
+                "results are then deleted)"
+            )
+
+    def _foreign_entries(self) -> list[str]:
+        return sorted(entry.name for entry in self.path.iterdir() if entry.name != ".lock")
+
+    def _clear(self) -> None:
+        if not self.config.is_file() and self._foreign_entries():
+            raise LaunchError(
+                f"output_dir = {self.path} is not a run folder: --overwrite deletes nothing there"
+            )
+        for entry in self.path.iterdir():
+            if entry.name == ".lock":
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def open_run_folder(path: Path) -> tuple[RunFolder, RunConfig]:
+    """Open an existing run folder and its config.
+
+    Raises
+    ------
+    LaunchError
+        When there is no run in the folder.
+    """
+    folder = RunFolder(path.absolute())
+    if not folder.config.is_file():
+        raise LaunchError(
+            f"{path} is not a run folder: it has no config.toml. Make one: statewide run CONFIG"
+        )
+    return folder, load_resolved_config(folder.config)

@@ -1,0 +1,105 @@
+"""Stages that are skipped when they are finished and nothing they depend on has changed.
+
+Each stage leaves ``stages/<name>.json`` with a fingerprint of its settings and inputs. A stage
+that was begun with the same fingerprint goes on where it stopped; one that was begun with
+another has its outputs removed first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_store.files import write_json_atomically
+from launcher.progress import Reporter, format_seconds
+from launcher.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline."""
+
+    name: str
+    """Name in the run folder and on the console."""
+    fingerprint: str
+    """Digest of everything the outputs depend on."""
+    outputs: Sequence[Path]
+    """Files and folders the stage makes; it is finished only while all of them exist."""
+    work: Callable[[], None]
+    """Makes the outputs; may find those of an interrupted run with the same fingerprint."""
+
+
+class StageRunner:
+    """Runs stages in a run folder and remembers which are finished."""
+
+    def __init__(self, folder: RunFolder, reporter: Reporter) -> None:
+        self._folder = folder
+        self._reporter = reporter
+
+    def is_finished(self, stage: Stage) -> bool:
+        """Return whether the stage is finished with this fingerprint and its outputs exist."""
+        record = self._read(stage.name)
+        return (
+            record.get("status") == "finished"
+            and record.get("fingerprint") == stage.fingerprint
+            and all(path.exists() for path in stage.outputs)
+        )
+
+    def was_finished(self, name: str) -> bool:
+        """Return whether a stage of this name was finished, for whatever inputs."""
+        return self._read(name).get("status") == "finished"
+
+    def run(self, stage: Stage) -> None:
+        """Run a stage, or say that it is skipped."""
+        if self.is_finished(stage):
+            self._reporter.say(f"{stage.name}: finished before, nothing changed: skipped", "dim")
+            return
+        if self._read(stage.name).get("fingerprint") not in (None, stage.fingerprint):
+            self._reporter.say(f"{stage.name}: inputs or settings changed: made again")
+            for path in stage.outputs:
+                _remove(path)
+        self._reporter.say(f"{stage.name}", "bold")
+        self._write(stage, {"status": "started"})
+        started_s = time.monotonic()
+        stage.work()
+        seconds = time.monotonic() - started_s
+        self._write(stage, {"status": "finished", "seconds": round(seconds, 3)})
+        self._reporter.say(f"{stage.name}: done in {format_seconds(seconds)}")
+
+    def _path(self, name: str) -> Path:
+        return self._folder.stages / f"{name}.json"
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = json.loads(self._path(name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return record
+
+    def _write(self, stage: Stage, record: dict[str, Any]) -> None:
+        write_json_atomically(self._path(stage.name), {"fingerprint": stage.fingerprint, **record})
+
+
+def fingerprint(*parts: Any) -> str:
+    """Digest JSON-able parts into a hexadecimal fingerprint."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def identify_file(path: Path) -> list[Any]:
+    """Return what tells one version of an input from another: path, size and time of change."""
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

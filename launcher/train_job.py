@@ -1,0 +1,173 @@
+"""Train under Ray Train's TorchTrainer, or alone in this process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from data_store.files import write_text_atomically
+from data_store.schema import UserError
+from launcher.errors import LaunchError
+from launcher.progress import Reporter
+from launcher.run_folder import RunFolder
+from launcher.train_worker import TrainTask, run_worker
+from state.config import RunConfig
+from state.training.monitor import read_metrics
+
+_FAILURE_NAME = "train_failure.txt"
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def train_with_ray(task: TrainTask, config: RunConfig, reporter: Reporter) -> None:
+    """Train on ``cluster.num_workers`` Ray workers; a failed group restarts from ``last``.
+
+    Raises
+    ------
+    UserError
+        When training stopped for a reason the user can mend.
+    LaunchError
+        When the workers failed more often than ``cluster.max_failures``.
+    """
+    folder = RunFolder(task.run_dir)
+    failure, ray_folder = folder.logs / _FAILURE_NAME, folder.logs / "ray"
+    failure.unlink(missing_ok=True)
+    # Ray would resume its own bookkeeping from an earlier run of the same name; ours is in the
+    # checkpoints alone.
+    shutil.rmtree(ray_folder, ignore_errors=True)
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={key: str(value) for key, value in asdict(task).items()},
+        torch_config=TorchConfig(timeout_s=config.cluster.timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.num_workers,
+            use_gpu=config.cluster.use_gpu,
+            resources_per_worker={
+                "CPU": config.cluster.cpus_per_worker,
+                **({"GPU": 1} if config.cluster.use_gpu else {}),
+            },
+        ),
+        run_config=RayRunConfig(
+            name=config.name,
+            storage_path=str(ray_folder),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    with show_training(folder, config, reporter):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            if not failure.is_file():
+                raise LaunchError(
+                    f"training failed {config.cluster.max_failures + 1} times: {error}\nThe "
+                    f"workers' logs are in {folder.logs}; the run goes on from its last "
+                    "checkpoint when you run the same command again"
+                ) from error
+    if failure.is_file():
+        raise UserError(failure.read_text(encoding="utf-8"))
+
+
+def train_here(task: TrainTask, config: RunConfig, reporter: Reporter) -> None:
+    """Train in this process, alone, with the recipe's global batch."""
+    with show_training(RunFolder(task.run_dir), config, reporter), single_process_group(config):
+        device = torch.device("cuda", 0) if config.cluster.use_gpu else torch.device("cpu")
+        run_worker(task, device)
+
+
+@contextmanager
+def single_process_group(config: RunConfig) -> Iterator[None]:
+    """Initialise a process group of one, so that the engine runs as it does on a cluster."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    before = {name: os.environ.get(name) for name in alone}
+    os.environ.update(alone)
+    dist.init_process_group(
+        backend="nccl" if config.cluster.use_gpu else "gloo",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=config.cluster.timeout_s),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def show_training(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Iterator[None]:
+    """Show the progress that rank 0 writes to ``metrics.jsonl`` while the block runs.
+
+    The run folder is the channel: it is shared storage, so no extra connection can break.
+    """
+    finished = threading.Event()
+    with reporter.track("training", config.train.max_steps, "steps") as tracker:
+
+        def follow() -> None:
+            is_first = True
+            while True:
+                stopping = finished.wait(_SECONDS_BETWEEN_LOOKS)
+                records = read_metrics(folder.metrics)
+                if records:
+                    step = int(records[-1]["step"])
+                    if is_first and step < config.train.max_steps and not stopping:
+                        tracker.begin_at(step)
+                    tracker.update(step, _describe(records))
+                is_first = False
+                if stopping:
+                    return
+
+        thread = threading.Thread(target=follow, name="training-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            thread.join()
+
+
+def _describe(records: list[dict[str, float]]) -> str:
+    latest: dict[str, float] = {}
+    for record in records:
+        latest.update(record)
+    shown = {
+        "loss": latest.get("train/loss"),
+        "val": latest.get("val/loss"),
+        "cells/s": latest.get("throughput/cells_per_s"),
+    }
+    return "  ".join(f"{name} {value:,.4g}" for name, value in shown.items() if value is not None)
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    """Run one worker; a user's mistake is written down, since restarting would not mend it."""
+    task = TrainTask(
+        run_dir=Path(settings["run_dir"]),
+        store=Path(settings["store"]),
+        run_fingerprint=settings["run_fingerprint"],
+        micro_batch_size=int(settings["micro_batch_size"]),
+    )
+    try:
+        progress = run_worker(task, get_device())
+    except UserError as error:
+        write_text_atomically(RunFolder(task.run_dir).logs / _FAILURE_NAME, str(error))
+        # Peers that did not see the mistake are in a collective call: end it for them now.
+        dist.destroy_process_group()
+        return
+    ray.train.report({"step": progress.step, "val_loss": progress.val_loss})

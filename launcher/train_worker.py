@@ -1,0 +1,104 @@
+"""What one training worker does: joins loader, model, engine and monitor, and runs the loop.
+
+Runs under Ray Train or alone in this process (see ``launcher.train_job``); all it needs is the
+run folder, the finished store, and a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_store.splits import read_splits
+from data_store.store import Store
+from launcher.batches import build_batch_source
+from launcher.deepspeed_config import complete_deepspeed_config
+from launcher.objective import build_objective
+from launcher.run_folder import RunFolder
+from state.config import TrainConfig, load_resolved_config
+from state.training.checkpoint import CheckpointFolder, Progress
+from state.training.engine import Engine
+from state.training.loop import train
+from state.training.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What a worker is told; everything else is in the run folder."""
+
+    run_dir: Path
+    store: Path
+    run_fingerprint: str
+    """Digest of all that the weights depend on."""
+    micro_batch_size: int
+    """Cell sets per micro-batch of each worker."""
+
+
+def run_worker(task: TrainTask, device: torch.device) -> Progress:
+    """Train this rank's share to the end, inside an initialised process group."""
+    folder = RunFolder(task.run_dir)
+    config = load_resolved_config(folder.config)
+    settings = config.train.model_copy(update={"micro_batch_size": task.micro_batch_size})
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    deepspeed_config = complete_deepspeed_config(
+        json.loads(folder.deepspeed.read_text(encoding="utf-8")),
+        settings,
+        world_size=world_size,
+        use_bf16=uses_bf16(settings, device),
+    )
+
+    with log_to_file(folder.logs / f"train_rank{rank}.log", rank):
+        store = Store.open(task.store)
+        splits = read_splits(folder.splits, store)
+        objective = build_objective(config, store, splits).to(device)
+        engine = Engine(objective, settings, deepspeed_config, device)
+        try:
+            with Monitor(folder.path if rank == 0 else None) as monitor:
+                return train(
+                    engine,
+                    build_batch_source(config, settings, store, splits, rank, world_size),
+                    CheckpointFolder(folder.checkpoints, task.run_fingerprint),
+                    monitor,
+                    settings,
+                    config.seed,
+                )
+        finally:
+            engine.close()
+
+
+def uses_bf16(settings: TrainConfig, device: torch.device) -> bool:
+    """Decide the precision; ``auto`` is bf16 on GPUs that have it and fp32 elsewhere."""
+    if settings.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.precision == "bf16"
+
+
+@contextmanager
+def log_to_file(path: Path, rank: int) -> Iterator[None]:
+    """Append this process's log records, with the rank in each, to a file.
+
+    Rank 0 records INFO and above, the others WARNING and above.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
+    )
+    root = logging.getLogger()
+    level_before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    try:
+        yield
+    finally:
+        root.setLevel(level_before)
+        root.removeHandler(handler)
+        handler.close()

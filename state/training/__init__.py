@@ -1,0 +1,1 @@
+"""Data-parallel training: engine (DeepSpeed), loop, checkpoints, monitor, learning rate."""

@@ -1,0 +1,257 @@
+"""Checkpoints that are complete or absent.
+
+``checkpoints/step_00000500/`` holds DeepSpeed's files of all ranks (the rank is in their names),
+``model.pt`` (all weights, fp32), ``manifest.json`` (step, validation loss, sizes and SHA-256 of
+every file) and last, by rename, the whole folder. The newest complete one is ``last``, the one
+with the lowest validation loss is ``best``; both follow from the manifests, so no pointer file
+can be wrong. Nothing here knows the model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_store.files import (
+    full_disk_is_a_user_error,
+    sha256_of_file,
+    sync_tree,
+    write_json_atomically,
+    write_text_atomically,
+)
+from data_store.schema import UserError
+
+if TYPE_CHECKING:
+    from state.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "statewide-checkpoint"
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "model.pt"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used for this run."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    sets_consumed: int = 0
+    """Cell sets consumed by all ranks together: the sampler's position."""
+    val_loss: float = math.inf
+    """Validation loss at the last validation."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    progress: Progress
+    world_size: int
+    zero_stage: int
+    run_fingerprint: str
+
+    @property
+    def weights_path(self) -> Path:
+        """The file with all weights, for prediction without DeepSpeed."""
+        return self.folder / WEIGHTS_NAME
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Parameters
+    ----------
+    folder
+        Where they are, on storage that every rank sees.
+    run_fingerprint
+        Digest of everything the weights depend on; a checkpoint with another one is refused.
+    """
+
+    def __init__(self, folder: Path, run_fingerprint: str) -> None:
+        self.folder = folder
+        self.run_fingerprint = run_fingerprint
+
+    def complete(self) -> list[Checkpoint]:
+        """List the committed checkpoints in order of their step."""
+        found = [_read_checkpoint(path) for path in sorted(self.folder.glob("step_*[0-9]"))]
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    def last(self) -> Checkpoint | None:
+        """Return the newest complete checkpoint."""
+        return max(self.complete(), key=lambda c: c.progress.step, default=None)
+
+    def best(self) -> Checkpoint | None:
+        """Return the complete checkpoint with the lowest validation loss (the earliest of equals).
+
+        Falls back on ``last`` when none was validated.
+        """
+        validated = [c for c in self.complete() if math.isfinite(c.progress.val_loss)]
+        return min(validated, key=lambda c: c.progress.val_loss, default=self.last())
+
+    def restore(self, engine: Engine) -> Progress:
+        """Load the newest checkpoint whose files are whole; start afresh if there is none.
+
+        Collective. Raises ``CheckpointError`` for another run's checkpoint, or one that this
+        number of workers cannot read.
+        """
+        chosen = engine.broadcast_object(self._newest_undamaged() if engine.rank == 0 else None)
+        if chosen is None:
+            return Progress()
+        self._refuse_mismatch(chosen, engine)
+        engine.load(chosen.folder)
+        logger.info("resumed from %s (step %d)", chosen.folder, chosen.progress.step)
+        progress: Progress = chosen.progress
+        return progress
+
+    def save(self, engine: Engine, progress: Progress) -> Path:
+        """Write a checkpoint with all ranks, commit it, and prune the older ones (collective)."""
+        final = self.folder / f"step_{progress.step:08d}"
+        partial = final.with_name(f"{final.name}.partial")
+        with full_disk_is_a_user_error(final):
+            if engine.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            engine.barrier()
+            engine.save(partial)
+            weights = engine.full_state_dict()
+            if engine.rank == 0:
+                torch.save(weights, partial / WEIGHTS_NAME)
+            engine.barrier()
+            records = _hash_files(partial, engine)
+            if engine.rank == 0:
+                self._commit(partial, final, records, progress, engine)
+            engine.barrier()
+        return final
+
+    def _commit(
+        self,
+        partial: Path,
+        final: Path,
+        records: dict[str, dict[str, Any]],
+        progress: Progress,
+        engine: Engine,
+    ) -> None:
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            # JSON has no infinity: a checkpoint before the first validation has no loss.
+            "progress": {
+                **asdict(progress),
+                "val_loss": progress.val_loss if math.isfinite(progress.val_loss) else None,
+            },
+            "world_size": engine.world_size,
+            "zero_stage": engine.zero_stage,
+            "run_fingerprint": self.run_fingerprint,
+            "files": records,
+        }
+        write_json_atomically(partial / "manifest.json", manifest)
+        sync_tree(partial)
+        write_text_atomically(partial / "COMMIT", sha256_of_file(partial / "manifest.json") + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Keep ``last`` and ``best``; remove the rest and what a crash left half-written."""
+        kept = {c.folder for c in (self.last(), self.best()) if c is not None}
+        for path in self.folder.glob("step_*"):
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _newest_undamaged(self) -> Checkpoint | None:
+        for checkpoint in reversed(self.complete()):
+            damaged = find_damaged_files(checkpoint.folder)
+            if not damaged:
+                return checkpoint
+            logger.warning(
+                "checkpoint %s is damaged (%s): taking the one before it",
+                checkpoint.folder,
+                ", ".join(damaged),
+            )
+        return None
+
+    def _refuse_mismatch(self, checkpoint: Checkpoint, engine: Engine) -> None:
+        if checkpoint.run_fingerprint != self.run_fingerprint:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} belongs to other settings or other data (run "
+                f"fingerprint {checkpoint.run_fingerprint[:12]}, this run "
+                f"{self.run_fingerprint[:12]}). Choose another output_dir, or start this one "
+                "again with --overwrite"
+            )
+        if checkpoint.zero_stage != engine.zero_stage:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was written with ZeRO stage "
+                f"{checkpoint.zero_stage}, this run uses stage {engine.zero_stage}. Set "
+                "train.deepspeed to the file it was started with"
+            )
+        if checkpoint.world_size != engine.world_size and engine.zero_stage > 0:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was written by {checkpoint.world_size} workers "
+                f"with ZeRO stage {engine.zero_stage}, this run has {engine.world_size}. Set "
+                f"cluster.num_workers={checkpoint.world_size} to go on, or choose another "
+                "output_dir"
+            )
+
+
+def find_damaged_files(folder: Path) -> list[str]:
+    """Return the names of files that are missing or differ from the checkpoint's manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return [
+        name
+        for name, record in manifest["files"].items()
+        if not (folder / name).is_file()
+        or (folder / name).stat().st_size != record["bytes"]
+        or sha256_of_file(folder / name) != record["sha256"]
+    ]
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the checkpoint in a folder, or None where the commit marker does not match."""
+    manifest_path, commit_path = folder / "manifest.json", folder / "COMMIT"
+    if not (manifest_path.is_file() and commit_path.is_file()):
+        return None
+    if commit_path.read_text(encoding="utf-8").strip() != sha256_of_file(manifest_path):
+        return None
+    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint {folder} has format version {manifest['format_version']}; this "
+            f"statewide reads up to {FORMAT_VERSION}. Install a newer statewide"
+        )
+    progress = manifest["progress"]
+    val_loss = math.inf if progress["val_loss"] is None else progress["val_loss"]
+    return Checkpoint(
+        folder=folder,
+        progress=Progress(progress["step"], progress["sets_consumed"], val_loss),
+        world_size=manifest["world_size"],
+        zero_stage=manifest["zero_stage"],
+        run_fingerprint=manifest["run_fingerprint"],
+    )
+
+
+def _hash_files(folder: Path, engine: Engine) -> dict[str, dict[str, Any]]:
+    """Hash all files, each rank its share, and return the records of all (collective)."""
+    files: Sequence[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
+    mine = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of_file(path),
+        }
+        for path in files[engine.rank :: engine.world_size]
+    }
+    return {name: record for part in engine.gather_objects(mine) for name, record in part.items()}

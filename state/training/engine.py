@@ -1,0 +1,185 @@
+"""The only door to DeepSpeed: micro-steps, gradient norm, checkpoint files, full weights.
+
+Used alike in one process, under spawned gloo ranks and under Ray Train; all it asks for is an
+initialised ``torch.distributed`` process group. Tested in ``tests/distributed``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from state.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+_TAG = "deepspeed"
+
+
+class Engine:
+    """A model under DeepSpeed data parallelism.
+
+    Parameters
+    ----------
+    objective
+        Module whose ``forward(*batch)`` returns an object with a scalar ``loss``.
+    settings
+        Optimiser settings; the learning rate is set before each step by the loop.
+    deepspeed_config
+        Complete DeepSpeed settings (see ``launcher.deepspeed_config``).
+    device
+        Where this rank computes.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        settings: TrainConfig,
+        deepspeed_config: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        deepspeed = _import_deepspeed(device)
+        self.device = device
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.zero_stage = int(deepspeed_config["zero_optimization"]["stage"])
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=objective,
+            optimizer=build_optimizer(objective, settings, device),
+            config=dict(deepspeed_config),
+            dist_init_required=False,
+        )
+        self._full_fp32_param: Callable[[Tensor], Tensor | None] = (
+            deepspeed.utils.safe_get_full_fp32_param
+        )
+        self._grad_norm = math.nan
+
+    def backward(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Run one micro-batch forward and backward; return its detached loss (scalar)."""
+        loss: Tensor = self._engine(*batch).loss
+        self._engine.backward(loss)
+        return loss.detach()
+
+    def step(self, lr: float) -> None:
+        """Apply the accumulated gradients with this learning rate.
+
+        Call after every micro-batch: DeepSpeed itself acts only on the last one of a step.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        at_boundary = self._engine.is_gradient_accumulation_boundary()
+        if at_boundary and self.zero_stage == 0:
+            # DeepSpeed keeps no norm at stage 0; the gradients are already averaged here.
+            grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._grad_norm = nn.utils.get_total_norm(grads).item() if grads else math.nan
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        if norm is not None:
+            self._grad_norm = float(norm)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return self._grad_norm
+
+    def evaluate(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return the loss of a batch without gradients and without dropout (scalar)."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                loss: Tensor = self._engine(*batch).loss
+                return loss
+        finally:
+            self._engine.train()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place, and return it."""
+        dist.all_reduce(values)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Give every rank the object that rank 0 passes in."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the objects of all ranks, in rank order, on every rank."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
+    def save(self, folder: Path) -> None:
+        """Write optimiser, weights and counters of all ranks under ``folder`` (collective)."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what ``save`` wrote (collective).
+
+        Raises
+        ------
+        FileNotFoundError
+            DeepSpeed only warns when there is nothing to load; here that is an error.
+        """
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:
+            raise FileNotFoundError(f"no DeepSpeed checkpoint under {folder / _TAG}")
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Return all weights in fp32 on the CPU, whatever the ZeRO stage (collective)."""
+        weights = dict(self._engine.module.state_dict())
+        for name, parameter in self._engine.module.named_parameters():
+            master = self._full_fp32_param(parameter)
+            weights[name] = parameter if master is None else master
+        return {
+            name: value.detach().to("cpu", torch.float32 if value.is_floating_point() else None)
+            for name, value in weights.items()
+        }
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+
+def build_optimizer(
+    module: nn.Module, settings: TrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """Build AdamW with decay on matrices only: gains and biases are not shrunk towards 0."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        fused=device.type == "cuda",
+    )
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for this device, without its shared-memory extension on CPUs.
+
+    That extension is compiled on first use and takes minutes; gloo does without it. The switch
+    is private to DeepSpeed: ``tests/distributed/test_engine.py`` notices if it stops working.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,163 @@
+"""The training loop. The same one runs in one process, under spawned gloo ranks and under Ray.
+
+Data come in as an iterator of batches from a given position; everything that can be resumed is
+in ``Progress`` and the checkpoint. Random numbers of a step depend on (seed, step, rank) alone,
+so a run that was killed and resumed draws the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_store.schema import CellBatch, UserError
+from state.config import TrainConfig
+from state.training.checkpoint import CheckpointFolder, Progress
+from state.training.engine import Engine
+from state.training.monitor import Monitor, Stopwatch
+from state.training.schedule import learning_rate
+
+
+class TrainingError(UserError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """How the loop gets its data; built by the launcher from store, splits and sampler."""
+
+    open_train: Callable[[int], AbstractContextManager[Iterator[CellBatch]]]
+    """Open the endless stream of this rank's micro-batches at a position (sets consumed)."""
+    iterate_val: Callable[[], Iterable[tuple[CellBatch, np.ndarray]]]
+    """This rank's validation batches with the weight [B] of each set: 0 for padding sets."""
+
+
+def train(
+    engine: Engine,
+    source: BatchSource,
+    checkpoints: CheckpointFolder,
+    monitor: Monitor,
+    settings: TrainConfig,
+    seed: int,
+) -> Progress:
+    """Train to ``max_steps`` from the newest checkpoint, and return where training ended.
+
+    Raises
+    ------
+    TrainingError
+        When the loss is not finite; the last checkpoint is from before that step.
+    """
+    progress = checkpoints.restore(engine)
+    best_val_loss = best.progress.val_loss if (best := checkpoints.best()) else math.inf
+    monitor.start(progress.step)
+    watch = Stopwatch()
+
+    with source.open_train(progress.sets_consumed) as batches:
+        while progress.step < settings.max_steps:
+            seed_step(seed, progress.step, engine.rank)
+            lr = learning_rate(progress.step, settings)
+            loss = train_step(engine, batches, settings.grad_accum_steps, lr, watch)
+            progress = advance(progress, settings, engine.world_size)
+
+            is_last = progress.step == settings.max_steps
+            if progress.step % settings.log_every_steps == 0 or is_last:
+                mean_loss = mean_over_ranks(engine, loss)
+                refuse_non_finite(mean_loss, progress.step)
+                scalars = {"train/loss": mean_loss, "train/lr": lr}
+                scalars["train/grad_norm"] = engine.grad_norm
+                monitor.record(progress.step, scalars | watch.read(engine.world_size))
+
+            is_new_best = False
+            if progress.step % settings.val_every_steps == 0 or is_last:
+                progress = replace(progress, val_loss=validate(engine, source))
+                monitor.record(progress.step, {"val/loss": progress.val_loss})
+                is_new_best = progress.val_loss < best_val_loss
+                best_val_loss = min(best_val_loss, progress.val_loss)
+
+            if progress.step % settings.checkpoint_every_steps == 0 or is_new_best or is_last:
+                refuse_non_finite(mean_over_ranks(engine, loss), progress.step)
+                started_s = time.perf_counter()
+                checkpoints.save(engine, progress)
+                seconds = time.perf_counter() - started_s
+                monitor.record(progress.step, {"time/checkpoint_s": seconds})
+    return progress
+
+
+def train_step(
+    engine: Engine,
+    batches: Iterator[CellBatch],
+    grad_accum_steps: int,
+    lr: float,
+    watch: Stopwatch,
+) -> Tensor:
+    """Run one optimiser step and return this rank's mean loss (scalar, on the device)."""
+    losses = []
+    for _ in range(grad_accum_steps):
+        started_s = time.perf_counter()
+        batch = next(batches)
+        watch.add_wait(time.perf_counter() - started_s)
+        watch.add_batch(len(batch.pert_B), int(batch.mask_BS.sum()))
+        losses.append(engine.backward(to_device(batch, engine.device)))
+        engine.step(lr)
+    watch.add_step()
+    return torch.stack(losses).mean()
+
+
+def validate(engine: Engine, source: BatchSource) -> float:
+    """Return the mean loss over the validation sets; the same at any number of ranks."""
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for batch, weight_B in source.iterate_val():
+        weights = torch.from_numpy(weight_B).to(engine.device, torch.float32)
+        loss = engine.evaluate((*to_device(batch, engine.device), weights))
+        weight = float(weight_B.sum())
+        if weight > 0:
+            totals += torch.stack([loss.double() * weight, torch.full_like(totals[1], weight)])
+    total, weight = (float(value) for value in engine.sum_over_ranks(totals).tolist())
+    return total / weight
+
+
+def to_device(batch: CellBatch, device: torch.device) -> tuple[Tensor, ...]:
+    """Turn a batch into the tensors that ``SetObjective.forward`` takes, in its order."""
+    arrays = (
+        batch.control_BSG,
+        batch.target_BSG,
+        batch.mask_BS,
+        batch.pert_B,
+        batch.batch_BS,
+    )
+    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+
+
+def advance(progress: Progress, settings: TrainConfig, world_size: int) -> Progress:
+    """Count one optimiser step and the sets that all ranks consumed for it."""
+    sets_per_step = settings.micro_batch_size * settings.grad_accum_steps * world_size
+    return replace(
+        progress, step=progress.step + 1, sets_consumed=progress.sets_consumed + sets_per_step
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout a function of (seed, step, rank), so that resuming needs no saved state."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(mixed >> np.uint64(1)))
+
+
+def mean_over_ranks(engine: Engine, loss: Tensor) -> float:
+    """Average a scalar over the ranks."""
+    return float(engine.sum_over_ranks(loss.double().reshape(1)).item()) / engine.world_size
+
+
+def refuse_non_finite(loss: float, step: int) -> None:
+    """Stop rather than train on: weights after a NaN are worth nothing."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {step}. The last checkpoint is from before it. Lower "
+            "train.lr or train.grad_clip, or look for extreme values in the input, and run again"
+        )

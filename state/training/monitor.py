@@ -1,0 +1,135 @@
+"""What a run writes while it trains: TensorBoard scalars and the same records in metrics.jsonl.
+
+Only rank 0 writes. On resume, records after the checkpoint's step are dropped from both, so that
+curves have no zig-zag.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from data_store.files import write_text_atomically
+
+_GIB = 2**30
+
+
+class Monitor:
+    """Writes scalars by step; a rank other than 0 gets one that writes nothing.
+
+    Parameters
+    ----------
+    run_dir
+        The run folder; ``tb/`` and ``metrics.jsonl`` are written in it. None: write nothing.
+    """
+
+    def __init__(self, run_dir: Path | None) -> None:
+        self._run_dir = run_dir
+        self._writer: SummaryWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def start(self, step: int) -> None:
+        """Open the files, dropping what was recorded after ``step``."""
+        if self._run_dir is None:
+            return
+        path = self._run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._writer = SummaryWriter(
+            log_dir=str(self._run_dir / "tb"), purge_step=step + 1 if step else None
+        )
+
+    def record(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write one record: ``{"step": step, tag: value, ...}`` and a TensorBoard point a tag."""
+        if self._run_dir is None or self._writer is None:
+            return
+        with (self._run_dir / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **scalars}) + "\n")
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, global_step=step)
+        self._writer.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read metrics.jsonl; a last line torn by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Stopwatch:
+    """Counts cells, time and data waits between two records."""
+
+    def __init__(self) -> None:
+        self._started_s = time.perf_counter()
+        self._data_wait_s = 0.0
+        self._num_cells = 0
+        self._num_sets = 0
+        self._num_steps = 0
+
+    def add_wait(self, seconds: float) -> None:
+        """Count time the loop stood still for the next batch."""
+        self._data_wait_s += seconds
+
+    def add_batch(self, num_sets: int, num_cells: int) -> None:
+        """Count one micro-batch of this rank; padding slots are not cells."""
+        self._num_sets += num_sets
+        self._num_cells += num_cells
+
+    def add_step(self) -> None:
+        """Count one optimiser step."""
+        self._num_steps += 1
+
+    def read(self, world_size: int) -> dict[str, float]:
+        """Return rates over the window and begin a new one.
+
+        Cells and sets are this rank's, times the number of ranks: ranks get equal shares of
+        sets, and sets differ little in size.
+        """
+        elapsed_s = max(time.perf_counter() - self._started_s, 1e-9)
+        rates = {
+            "throughput/cells_per_s": self._num_cells * world_size / elapsed_s,
+            "throughput/cell_sets_per_s": self._num_sets * world_size / elapsed_s,
+            "time/step_ms": 1e3 * elapsed_s / max(1, self._num_steps),
+            "time/data_wait_pct": 100.0 * self._data_wait_s / elapsed_s,
+            **_memory_gib(),
+        }
+        self.__init__()  # type: ignore[misc]
+        return rates
+
+
+def _memory_gib() -> dict[str, float]:
+    # ru_maxrss is in kilobytes on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    memory = {"memory/max_rss_gib": peak_bytes / _GIB}
+    if torch.cuda.is_available():
+        memory["memory/max_allocated_gib"] = torch.cuda.max_memory_allocated() / _GIB
+        memory["memory/max_reserved_gib"] = torch.cuda.max_memory_reserved() / _GIB
+    return memory

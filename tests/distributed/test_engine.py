@@ -1,0 +1,159 @@
+"""The DeepSpeed engine under two gloo ranks: gradients, norms, checkpoints, full weights."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from launcher.deepspeed_config import complete_deepspeed_config
+from state.config import TrainConfig
+from state.training.checkpoint import CheckpointError, CheckpointFolder, Progress
+from tests.support.distributed import spawn
+
+pytestmark = pytest.mark.distributed
+
+SETTINGS = TrainConfig(micro_batch_size=4, max_steps=10, lr=1e-2, grad_clip=0.5)
+
+
+class Output(NamedTuple):
+    loss: torch.Tensor
+
+
+class Regression(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Output:
+        dtype = next(self.parameters()).dtype
+        return Output((self.layers(x.to(dtype)).float() - y).square().mean())
+
+
+def make_engine(stage: int, micro_batch_size: int, *, use_bf16: bool = False):
+    import torch.distributed as dist
+
+    from state.training.engine import Engine
+
+    settings = SETTINGS.model_copy(update={"micro_batch_size": micro_batch_size})
+    config = complete_deepspeed_config(
+        {"zero_optimization": {"stage": stage}},
+        settings,
+        world_size=dist.get_world_size(),
+        use_bf16=use_bf16,
+    )
+    return Engine(Regression(), settings, config, torch.device("cpu"))
+
+
+def run_steps(engine, first: int, last: int, micro_batch_size: int) -> list[tuple[float, float]]:
+    records = []
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 6, generator=generator)
+        y = torch.randn(8, 3, generator=generator)
+        part = slice(engine.rank * micro_batch_size, (engine.rank + 1) * micro_batch_size)
+        loss = engine.backward((x[part], y[part]))
+        engine.step(SETTINGS.lr)
+        mean = engine.sum_over_ranks(loss.double().reshape(1)).item() / engine.world_size
+        records.append((mean, engine.grad_norm))
+    return records
+
+
+def train_and_save(stage: int, micro_batch_size: int, folder: Path, use_bf16: bool):
+    engine = make_engine(stage, micro_batch_size, use_bf16=use_bf16)
+    checkpoints = CheckpointFolder(folder, "fingerprint")
+    first = run_steps(engine, 0, 3, micro_batch_size)
+    checkpoints.save(engine, Progress(step=3, sets_consumed=24, val_loss=1.0))
+    rest = run_steps(engine, 3, 6, micro_batch_size)
+    weights = engine.full_state_dict()
+    engine.close()
+    return first, rest, weights
+
+
+def resume(stage: int, micro_batch_size: int, folder: Path, use_bf16: bool):
+    engine = make_engine(stage, micro_batch_size, use_bf16=use_bf16)
+    progress = CheckpointFolder(folder, "fingerprint").restore(engine)
+    rest = run_steps(engine, progress.step, 6, micro_batch_size)
+    engine.close()
+    return progress, rest
+
+
+def resume_wrongly(stage: int, folder: Path):
+    engine = make_engine(stage, 4)
+    messages = []
+    for fingerprint in ("another", "fingerprint"):
+        try:
+            CheckpointFolder(folder, fingerprint).restore(engine)
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+def single(stage: int):
+    engine = make_engine(stage, 8)
+    return run_steps(engine, 0, 6, 8), engine.full_state_dict()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_ranks_equal_one_and_resume_is_exact(stage: int, tmp_path: Path):
+    two = spawn(train_and_save, 2, stage, 4, tmp_path, False)
+    ((one, one_weights),) = spawn(single, 1, stage)
+    for first, rest, weights in two:
+        np.testing.assert_allclose(first + rest, one, rtol=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, one_weights[name], rtol=1e-4, atol=1e-6)
+    for progress, rest in spawn(resume, 2, stage, 4, tmp_path, False):
+        assert progress == Progress(step=3, sets_consumed=24, val_loss=1.0)
+        assert rest == two[0][1]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_keeps_fp32_weights_and_resumes_exactly(stage: int, tmp_path: Path):
+    two = spawn(train_and_save, 2, stage, 4, tmp_path, True)
+    _, rest, weights = two[0]
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    rounded = [torch.equal(v, v.bfloat16().float()) for v in weights.values()]
+    assert not all(rounded), "the master weights were rounded to bf16"
+    assert {tuple(v.shape) for v in weights.values()} == {(16, 6), (16,), (3, 16), (3,)}
+    assert spawn(resume, 2, stage, 4, tmp_path, True)[0][1] == rest
+
+
+def test_a_foreign_checkpoint_and_another_world_size_are_refused(tmp_path: Path):
+    spawn(train_and_save, 2, 2, 4, tmp_path, False)
+    ((foreign, resized),) = spawn(resume_wrongly, 1, 2, tmp_path)
+    assert "belongs to other settings or other data" in foreign
+    assert "written by 2 workers" in resized
+    assert "cluster.num_workers=2" in resized
+
+
+def damage_and_resume(stage: int, folder: Path):
+    engine = make_engine(stage, 4)
+    checkpoints = CheckpointFolder(folder, "fingerprint")
+    checkpoints.save(engine, Progress(step=1, sets_consumed=8, val_loss=0.5))
+    run_steps(engine, 1, 2, 4)
+    newest = checkpoints.save(engine, Progress(step=2, sets_consumed=16, val_loss=0.9))
+    with (newest / "model.pt").open("r+b") as handle:
+        handle.seek(100)
+        handle.write(b"\x00\xff\x00")
+    # A save that was cut off before its commit marker does not count either.
+    (folder / "step_00000003.partial").mkdir()
+    return checkpoints.restore(engine).step, [c.progress.step for c in checkpoints.complete()]
+
+
+def test_a_damaged_or_unfinished_checkpoint_is_passed_over(tmp_path: Path):
+    assert spawn(damage_and_resume, 1, 0, tmp_path) == [(1, [1, 2])]
+
+
+def shm_was_compiled():
+    engine = make_engine(0, 4)
+    import deepspeed
+
+    engine.close()
+    return deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+
+
+def test_the_shared_memory_extension_is_not_compiled():
+    assert spawn(shm_was_compiled, 2) == [False, False]

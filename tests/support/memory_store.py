@@ -1,0 +1,87 @@
+"""A store in memory, for tests of cell sets and loaders that need no files.
+
+``MemoryStore.build(num_batches=3)`` has the rows of two contexts, a few perturbations of uneven
+size and controls, in store order. The value at (row, gene) is ``row + gene / 64``: exact in
+float32, so that a test can read from a value which cell it came from.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_store.schema import OutputSpace
+
+CONTROL = "non-targeting"
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """Satisfies ``CellStore``."""
+
+    perturbations: tuple[str, ...]
+    contexts: tuple[str, ...]
+    batches: tuple[str, ...]
+    pert_code: np.ndarray
+    context_code: np.ndarray
+    batch_code: np.ndarray
+    values: np.ndarray
+    path: Path = Path("memory.zarr")
+
+    @classmethod
+    def build(
+        cls,
+        group_sizes: dict[str, int] | None = None,
+        *,
+        num_controls: int = 40,
+        num_contexts: int = 2,
+        num_batches: int = 3,
+        num_genes: int = 8,
+        seed: int = 0,
+    ) -> "MemoryStore":
+        """Lay out the cells of each context, sorted by (context, perturbation, batch)."""
+        sizes = (
+            {"GATA1": 25, "KLF1": 7, "MYB": 1, "SPI1": 16} if group_sizes is None else group_sizes
+        )
+        names = tuple(sorted({*sizes, CONTROL}))
+        counts = [num_controls if name == CONTROL else sizes[name] for name in names]
+        pert = np.tile(np.repeat(np.arange(len(names)), counts), num_contexts)
+        context = np.repeat(np.arange(num_contexts), sum(counts))
+        batch = np.random.default_rng(seed).integers(num_batches, size=len(pert))
+        order = np.lexsort((batch, pert, context))
+        rows = np.arange(len(pert), dtype=np.float32)
+        return cls(
+            perturbations=names,
+            contexts=tuple(f"line_{index}" for index in range(num_contexts)),
+            batches=tuple(f"batch_{index}" for index in range(num_batches)),
+            pert_code=pert[order],
+            context_code=context[order],
+            batch_code=batch[order],
+            values=rows[:, None] + np.arange(num_genes, dtype=np.float32) / 64,
+        )
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.pert_code)
+
+    @property
+    def control_index(self) -> int:
+        return self.perturbations.index(CONTROL)
+
+    @property
+    def pert_rows(self) -> np.ndarray:
+        return np.flatnonzero(self.pert_code != self.control_index)
+
+    @property
+    def control_rows(self) -> np.ndarray:
+        return np.flatnonzero(self.pert_code == self.control_index)
+
+    def nbytes(self, space: OutputSpace) -> int:
+        return self.values.nbytes
+
+    def read_rows(self, space: OutputSpace, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop <= self.num_cells
+        return self.values[start:stop].copy()
+
+    def read_matrix(self, space: OutputSpace) -> np.ndarray:
+        return self.values.copy()

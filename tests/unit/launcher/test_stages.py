@@ -1,0 +1,78 @@
+"""Stages: skipped when unchanged, made again when not, resumed when interrupted."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launcher.progress import Reporter
+from launcher.run_folder import RunFolder
+from launcher.stages import Stage, StageRunner, fingerprint
+
+
+@pytest.fixture
+def said() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def runner(tmp_path: Path, said: io.StringIO) -> StageRunner:
+    return StageRunner(RunFolder(tmp_path), Reporter(Console(file=said, width=200)))
+
+
+def make(out: Path, value: str, calls: list[str]) -> Callable[[], None]:
+    def work() -> None:
+        calls.append(value)
+        out.write_text(value)
+
+    return work
+
+
+def test_an_unchanged_stage_is_skipped_and_says_so(tmp_path: Path, runner: StageRunner, said):
+    out, calls = tmp_path / "out", []
+    for _ in range(2):
+        runner.run(Stage("s", "f1", [out], make(out, "a", calls)))
+    assert calls == ["a"]
+    assert "nothing changed: skipped" in said.getvalue()
+    assert runner.was_finished("s")
+
+
+def test_a_changed_fingerprint_removes_the_outputs_first(tmp_path: Path, runner: StageRunner):
+    out, calls = tmp_path / "out", []
+    runner.run(Stage("s", "f1", [out], make(out, "a", calls)))
+
+    def work() -> None:
+        assert not out.exists()
+        out.write_text("b")
+
+    runner.run(Stage("s", "f2", [out], work))
+    assert out.read_text() == "b"
+
+
+def test_a_missing_output_is_made_again(tmp_path: Path, runner: StageRunner):
+    out, calls = tmp_path / "out", []
+    runner.run(Stage("s", "f1", [out], make(out, "a", calls)))
+    out.unlink()
+    runner.run(Stage("s", "f1", [out], make(out, "a", calls)))
+    assert calls == ["a", "a"]
+
+
+def test_an_interrupted_stage_finds_what_it_had_made(tmp_path: Path, runner: StageRunner):
+    out = tmp_path / "out"
+
+    def interrupted() -> None:
+        out.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(Stage("s", "f1", [out], interrupted))
+    assert not runner.was_finished("s")
+    runner.run(Stage("s", "f1", [out], lambda: out.write_text(out.read_text() + " whole")))
+    assert out.read_text() == "half whole"
+
+
+def test_fingerprints_tell_settings_apart():
+    assert fingerprint("a", {"x": 1}) == fingerprint("a", {"x": 1})
+    assert fingerprint("a", {"x": 1}) != fingerprint("a", {"x": 2})
