@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    """End a sentence: with ``"; did you mean 'x'?"`` for the closest known name, or with a stop."""
     match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {match[0]!r}?" if match else "."
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

@@ -47,8 +47,10 @@ from data_store.workspace import Workspace, describe_source, find_finished_store
 
 logger = logging.getLogger(__name__)
 
-# What a stored non-zero takes on disk after lz4, with its gene number, seen on real atlases.
+# What a non-zero takes on disk after lz4 in X, with its gene number, and in the dense X_hvg, with
+# its share of the zeros: rounded up from real atlases.
 BYTES_PER_NNZ = 5
+BYTES_PER_HVG_NNZ = 8
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def _choose_library_size(
 
 
 def _check_disk_space(workspace: Workspace, layout: StoreLayout, nnz_hvg: int) -> None:
-    needed = BYTES_PER_NNZ * (layout.nnz + nnz_hvg) + 8 * layout.num_cells
+    needed = BYTES_PER_NNZ * layout.nnz + BYTES_PER_HVG_NNZ * nnz_hvg + 8 * layout.num_cells
     needed -= workspace.num_bytes()
     free = shutil.disk_usage(workspace.root).free
     if needed > free:

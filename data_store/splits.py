@@ -1,80 +1,50 @@
 """Which perturbations, and which of their cells, are for training, validation and test.
 
 A split holds out perturbations, in each context by itself, so it can also say "this cell line is
-for test" (zero-shot) or "these genes of it" (few-shot). ``statewide split`` makes one. The choice
-depends on names and the seed alone, never on the version of a random generator.
+for test" (zero-shot) or "these genes of it" (few-shot). ``statewide split`` makes one;
+``splits.toml`` keeps it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-import numpy.typing as npt
+import tomli_w
 
-from data_store.hints import some
+from data_store.files import write_text_atomically
+from data_store.hints import nearest, some
+from data_store.partition import (
+    LabelledCells,
+    Rows,
+    apportion,
+    hash_rows,
+    interleave,
+    order_by_hash,
+    perturbations_by_context,
+)
 from data_store.schema import SPLIT_NAMES, SplitName, StoreError
+from data_store.starter_toml import read_starter
+
+FORMAT = "statewide-splits"
+FORMAT_VERSION = 1
 
 Controls: TypeAlias = Literal["partition", "shared"]
-Rows: TypeAlias = npt.NDArray[np.int64]
-Assignment: TypeAlias = Mapping[str, Mapping[str, SplitName]]
 
-
-class LabelledCells(Protocol):
-    """What splits need of a ``Store``: the label of each cell."""
-
-    @property
-    def path(self) -> Path:
-        """Named in errors."""
-        ...
-
-    @property
-    def perturbations(self) -> tuple[str, ...]:
-        """Perturbation names, control included."""
-        ...
-
-    @property
-    def control(self) -> str:
-        """Name of the control."""
-        ...
-
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        """Context names."""
-        ...
-
-    @property
-    def pert_code(self) -> Rows:
-        """[N] index into ``perturbations``."""
-        ...
-
-    @property
-    def context_code(self) -> Rows:
-        """[N] index into ``contexts``."""
-        ...
-
-    @property
-    def batch_code(self) -> Rows:
-        """[N] experimental batch."""
-        ...
-
-    @property
-    def source_row(self) -> Rows:
-        """[N] row in the h5ad, which names a cell whatever the order of the store."""
-        ...
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Splits:
     """The split of each perturbation in each context, and how controls are dealt out."""
 
-    assignment: Assignment
-    """Context -> perturbation -> split. What is not named is in no split."""
+    assignment: Mapping[str, Mapping[str, SplitName]]
+    """Context -> perturbation -> split. A perturbation that is not named is in no split."""
     controls: Controls
     """Control cells: divided among the splits, or all of them in each."""
     seed: int
@@ -92,16 +62,8 @@ class Splits:
         }
         return tuple(sorted(names))
 
-    def without(self, names: Collection[str]) -> Splits:
-        """Return the splits with some perturbations left out of all of them."""
-        kept = {
-            context: {pert: split for pert, split in perts.items() if pert not in names}
-            for context, perts in self.assignment.items()
-        }
-        return replace(self, assignment=kept)
-
     def describe(self, store: LabelledCells) -> str:
-        """Return a table with the cells and perturbations of each split."""
+        """Return a table with the perturbations and cells of each split."""
         lines = [f"{'split':<6} {'perturbations':>13} {'cells':>10} {'controls':>10}"]
         for split in SPLIT_NAMES:
             pert_rows, control_rows = split_rows(store, self, split)
@@ -110,22 +72,6 @@ class Splits:
                 f"{control_rows.size:>10,}"
             )
         return "\n".join(lines)
-
-
-def make_shares(train: float, val: float) -> dict[SplitName, float]:
-    """Return the share of each split; test gets the rest.
-
-    Raises
-    ------
-    StoreError
-        If a share is not between 0 and 1 or nothing is left for test.
-    """
-    if not (train > 0 and val > 0 and train + val < 1):
-        raise StoreError(
-            f"split shares train = {train:g} and val = {val:g} (split.train, split.val) must be "
-            "above 0 and sum to less than 1; the rest is the test split"
-        )
-    return {"train": train, "val": val, "test": 1 - train - val}
 
 
 def make_random_splits(
@@ -154,15 +100,15 @@ def make_random_splits(
     Raises
     ------
     StoreError
-        If there are fewer than three perturbations.
+        If the shares leave nothing for a split, or there are fewer than three perturbations.
     """
-    shares = make_shares(train, val)
+    shares = _make_shares(train, val)
     left_out = {store.control, *drop}
     names = [name for name in store.perturbations if name not in left_out]
     if len(names) < len(SPLIT_NAMES):
         raise StoreError(
             f"{store.path} has {len(names)} perturbations to divide ({some(names)}), but train, "
-            "val and test need at least 3; give a split file instead (split.file)"
+            f"val and test need at least {len(SPLIT_NAMES)}"
         )
     counts = apportion(len(names), shares)
     shuffled = iter(order_by_hash(names, seed))
@@ -174,34 +120,15 @@ def make_random_splits(
     return Splits(assignment, controls, seed, shares)
 
 
-def order_by_hash(names: Iterable[str], seed: int) -> list[str]:
-    """Shuffle names: sort them by a hash of seed and name."""
-
-    def key(name: str) -> tuple[bytes, str]:
-        digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8)
-        return digest.digest(), name
-
-    return sorted(names, key=key)
-
-
-def apportion(total: int, shares: Mapping[SplitName, float]) -> dict[SplitName, int]:
-    """Divide ``total`` things, at least as many as splits, by shares; each gets one or more."""
-    counts = dict.fromkeys(shares, 1)
-    scale = total / sum(shares.values())
-    for _ in range(total - len(counts)):
-        neediest = max(counts, key=lambda split: shares[split] * scale - counts[split])
-        counts[neediest] += 1
-    return counts
-
-
-def perturbations_by_context(store: LabelledCells) -> dict[str, tuple[str, ...]]:
-    """Return the perturbations that occur in each context, sorted, without the control."""
-    pairs = np.unique(store.context_code * len(store.perturbations) + store.pert_code)
-    present: dict[str, list[str]] = {context: [] for context in store.contexts}
-    for context, pert in zip(*np.divmod(pairs, len(store.perturbations)), strict=True):
-        if store.perturbations[pert] != store.control:
-            present[store.contexts[context]].append(store.perturbations[pert])
-    return {context: tuple(names) for context, names in present.items()}
+def _make_shares(train: float, val: float) -> dict[SplitName, float]:
+    # 1 - 0.64 - 0.16 has a binary tail that would show in the file.
+    test = round(1 - train - val, 12)
+    if not (train > 0 and val > 0 and test > 0):
+        raise StoreError(
+            f"the shares train = {train:g} and val = {val:g} (split.train, split.val) must be "
+            "above 0 and sum to less than 1; the rest is the test split"
+        )
+    return {"train": train, "val": val, "test": test}
 
 
 def split_rows(store: LabelledCells, splits: Splits, name: SplitName) -> tuple[Rows, Rows]:
@@ -218,53 +145,170 @@ def split_rows(store: LabelledCells, splits: Splits, name: SplitName) -> tuple[R
     StoreError
         If a context has fewer control cells than splits.
     """
-    in_split = np.zeros((len(store.contexts), len(store.perturbations)), dtype=bool)
+    is_named = np.zeros((len(store.contexts), len(store.perturbations)), dtype=bool)
     position = {pert: code for code, pert in enumerate(store.perturbations)}
     for code, context in enumerate(store.contexts):
         for pert, split in splits.assignment.get(context, {}).items():
-            in_split[code, position[pert]] = split == name
-    pert_rows = np.flatnonzero(in_split[store.context_code, store.pert_code])
+            is_named[code, position[pert]] = split == name
+    pert_rows = np.flatnonzero(is_named[store.context_code, store.pert_code])
     control_rows = [
         _deal_controls(store, splits, code, name) for code in range(len(store.contexts))
     ]
     return pert_rows, np.sort(np.concatenate(control_rows))
 
 
-def _deal_controls(
-    store: LabelledCells, splits: Splits, context: int, name: SplitName
-) -> Rows:
+def _deal_controls(store: LabelledCells, splits: Splits, context: int, name: SplitName) -> Rows:
     """Return the control cells of one context that belong to a split."""
-    used = set(splits.assignment.get(store.contexts[context], {}).values())
-    if name not in used:
+    label = store.contexts[context]
+    named = set(splits.assignment.get(label, {}).values())
+    if name not in named:
         return np.empty(0, dtype=np.int64)
     is_control = store.pert_code == store.perturbations.index(store.control)
     rows = np.flatnonzero(is_control & (store.context_code == context))
-    needed = len(used) if splits.controls == "partition" else 1
+    present: list[SplitName] = [split for split in SPLIT_NAMES if split in named]
+    needed = len(present) if splits.controls == "partition" else 1
     if rows.size < needed:
+        advice = "; set split.controls = 'shared'" if rows.size else ""
         raise StoreError(
-            f"context {store.contexts[context]!r} of {store.path} has {rows.size} control cells "
-            f"({store.control!r}), but {needed} are needed for the splits {some(sorted(used))}"
-            + ("; set split.controls = 'shared'" if rows.size else "")
+            f"the context {label!r} of {store.path} has {rows.size} control cells "
+            f"({store.control!r}), but the splits {', '.join(present)} need {needed}{advice}"
         )
     if splits.controls == "shared":
         return rows
-    present: list[SplitName] = [split for split in SPLIT_NAMES if split in used]
     counts = apportion(rows.size, {split: splits.shares[split] for split in present})
-    dealt = rows[np.lexsort((_hash_rows(store.source_row[rows], splits.seed), store.batch_code[rows]))]
-    return dealt[_interleave([counts[split] for split in present]) == present.index(name)]
+    hashed = hash_rows(store.source_row[rows], splits.seed)
+    dealt = rows[np.lexsort((hashed, store.batch_code[rows]))]
+    is_dealt = interleave([counts[split] for split in present]) == present.index(name)
+    control_rows: Rows = dealt[is_dealt]
+    return control_rows
 
 
-def _interleave(counts: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Return each index as often as its count says, evenly spread, so any stretch has its share."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-    return owner[np.argsort(place, kind="stable")]
+def write_splits(path: Path, splits: Splits) -> None:
+    """Write ``splits.toml`` atomically."""
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "seed": splits.seed,
+        "controls": splits.controls,
+        "shares": dict(splits.shares),
+        "assignment": {
+            context: {
+                split: sorted(pert for pert, assigned in perts.items() if assigned == split)
+                for split in SPLIT_NAMES
+            }
+            for context, perts in splits.assignment.items()
+        },
+    }
+    write_text_atomically(path, tomli_w.dumps(content))
 
 
-def _hash_rows(rows: Rows, seed: int) -> npt.NDArray[np.uint64]:
-    """Mix row numbers and seed into 64 random-looking bits (splitmix64, Steele et al. 2014)."""
-    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
-    mixed = rows.astype(np.uint64) ^ np.frombuffer(digest, dtype="<u8")
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return mixed ^ (mixed >> np.uint64(31))
+def read_splits(
+    path: Path,
+    store: LabelledCells,
+    *,
+    train: float = 0.64,
+    val: float = 0.16,
+    seed: int = 42,
+    controls: Controls = "partition",
+) -> Splits:
+    """Read a split file: our ``splits.toml`` or a ``starter.toml``.
+
+    Parameters
+    ----------
+    path
+        The file.
+    store
+        The cells it is applied to.
+    train, val, seed, controls
+        What a ``starter.toml`` does not say: the shares of controls and of a validation split
+        made from training perturbations, their seed, and how controls are dealt out. Our own
+        file says it itself.
+
+    Raises
+    ------
+    StoreError
+        If the file is missing or not TOML, names what the store does not have, puts a perturbation
+        into two splits of a context, or leaves a split empty.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no split file {path} (split.file)") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise StoreError(f"{path} (split.file) is not a TOML file: {error}") from error
+    if "format" in content:
+        splits = _parse_own_file(content, path, store)
+    elif "datasets" in content:
+        shares = _make_shares(train, val)
+        assignment = read_starter(content, path, store, val_share=val / (train + val), seed=seed)
+        splits = Splits(assignment, controls, seed, shares)
+    else:
+        raise StoreError(
+            f"{path} (split.file) is neither a splits.toml (it has no 'format') nor a "
+            "starter.toml (it has no [datasets]); make one with 'statewide split'"
+        )
+    for split in SPLIT_NAMES:
+        if not splits.perturbations(split):
+            raise StoreError(f"{path} (split.file) leaves the {split} split without perturbations")
+    _log_unassigned(splits, path, store)
+    return splits
+
+
+def _parse_own_file(content: Mapping[str, Any], path: Path, store: LabelledCells) -> Splits:
+    version = content.get("format_version")
+    if content["format"] != FORMAT or version != FORMAT_VERSION:
+        raise StoreError(
+            f"{path} (split.file) has the format {content['format']!r} version {version!r}; this "
+            f"version of statewide reads {FORMAT!r} version {FORMAT_VERSION}"
+        )
+    try:
+        controls, seed = content["controls"], int(content["seed"])
+        shares = _make_shares(content["shares"]["train"], content["shares"]["val"])
+        tables = {context: dict(perts) for context, perts in content["assignment"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} (split.file) is damaged: {error!r}") from error
+    if controls not in get_args(Controls):
+        raise StoreError(
+            f"{path}: controls = {controls!r}; allowed are {', '.join(get_args(Controls))}"
+        )
+    known = perturbations_by_context(store)
+    assignment: dict[str, dict[str, SplitName]] = {}
+    for context, perts in tables.items():
+        _check_known(context, known, path, "context")
+        assignment[context] = _parse_context(context, perts, path, known[context])
+    return Splits(assignment, controls, seed, shares)
+
+
+def _parse_context(
+    context: str, table: Mapping[str, Any], path: Path, known: Collection[str]
+) -> dict[str, SplitName]:
+    perts: dict[str, SplitName] = {}
+    for split in table:
+        _check_known(split, SPLIT_NAMES, path, "split")
+    for split in SPLIT_NAMES:
+        for pert in table.get(split, []):
+            _check_known(pert, known, path, f"perturbation of {context!r}")
+            if pert in perts:
+                raise StoreError(
+                    f"{path} puts {pert!r} of {context!r} in {perts[pert]} and in {split}"
+                )
+            perts[pert] = split
+    return perts
+
+
+def _check_known(name: str, known: Collection[str], path: Path, kind: str) -> None:
+    if name not in known:
+        raise StoreError(
+            f"{path} (split.file) names the {kind} {name!r}, which is not there"
+            f"{nearest(str(name), known)} Known: {some(known)}"
+        )
+
+
+def _log_unassigned(splits: Splits, path: Path, store: LabelledCells) -> None:
+    for context, present in perturbations_by_context(store).items():
+        assigned = splits.assignment.get(context, {})
+        unused = [pert for pert in present if pert not in assigned]
+        if unused:
+            logger.info("%s: in no split of %s: %s", path, context, some(unused))

@@ -17,7 +17,13 @@ from data_store.tables import read_cell_table
 from launcher.predict_job import TRUTH
 from launcher.run_folder import RunFolder
 from state.config import RunConfig
-from state.evaluate import Evaluation, build_leaderboard, evaluate, leaderboard_to_markdown
+from state.evaluate import (
+    Evaluation,
+    build_leaderboard,
+    evaluate,
+    leaderboard_to_csv,
+    leaderboard_to_markdown,
+)
 from state.metrics.differential import DifferentialTable, compute_differential
 
 LEADERBOARD_NAME = "leaderboard.csv"
@@ -62,7 +68,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, run_tasks: TaskRunner) ->
     for model, evaluation in evaluations.items():
         evaluation.per_perturbation.to_csv(partial / f"{model}_per_perturbation.csv", index=False)
     leaderboard = build_leaderboard(evaluations, seed=config.seed)
-    write_text_atomically(partial / LEADERBOARD_NAME, leaderboard.to_csv(index=False))
+    write_text_atomically(partial / LEADERBOARD_NAME, leaderboard_to_csv(leaderboard))
     write_text_atomically(partial / "leaderboard.md", leaderboard_to_markdown(leaderboard))
     shutil.rmtree(folder.evaluation, ignore_errors=True)
     partial.rename(folder.evaluation)

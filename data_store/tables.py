@@ -1,0 +1,262 @@
+"""Cells as tables: read any h5ad or zarr for evaluation, write predictions, average groups.
+
+Shape legend: N cells, G genes, P perturbations, D feature width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+from anndata.io import read_elem
+from zarr.errors import NodeNotFoundError
+from zarr.storage import LocalStore
+
+from data_store.files import full_disk_is_a_user_error
+from data_store.hints import nearest, some
+from data_store.ingest import open_h5ad
+from data_store.obs_labels import read_labels
+from data_store.schema import (
+    CellTable,
+    ExpressionValues,
+    ObsColumns,
+    OutputSpace,
+    PerturbationProfiles,
+    StoreError,
+)
+from data_store.store import ROWS_PER_READ, Store
+
+# log1p of a count above three million: no normalised cell reaches it, raw counts do.
+MAX_LOG1P = 15
+
+
+def read_cell_table(
+    path: Path, columns: ObsColumns, genes: Sequence[str] | None = None
+) -> CellTable:
+    """Read log-normalised cells and their perturbations from an h5ad or a zarr folder.
+
+    Parameters
+    ----------
+    path
+        The file or folder; a store is one too.
+    columns
+        ``obs`` columns that describe a cell; only the perturbation is read.
+    genes
+        Genes to return, in this order; None: all of the file.
+
+    Raises
+    ------
+    StoreError
+        If the file cannot be read, lacks the column, the control or a gene, or does not hold
+        log1p values.
+    """
+    matrix, obs, names = _read_elements(path)
+    labels = read_labels(obs, columns.pert_col, "pert_col", path)
+    if columns.control_pert not in labels.names:
+        raise StoreError(
+            f"no cell of {path} has the control label {columns.control_pert!r} in obs column "
+            f"{columns.pert_col!r}{nearest(columns.control_pert, labels.names)} "
+            f"Labels: {some(labels.names)}"
+        )
+    values = _as_float32(matrix, path)
+    _check_log1p(values, path)
+    if genes is not None:
+        values = values[:, _find_genes(names, genes, path)]
+        names = tuple(genes)
+    return CellTable(values, names, labels.codes, labels.names, columns.control_pert)
+
+
+def _read_elements(path: Path) -> tuple[Any, pd.DataFrame, tuple[str, ...]]:
+    if path.is_dir():
+        try:
+            group = zarr.open_group(LocalStore(path, read_only=True), mode="r")
+            matrix, obs, var = (read_elem(group[key]) for key in ("X", "obs", "var"))
+        except (NodeNotFoundError, KeyError, ValueError) as error:
+            raise StoreError(f"{path} is not an AnnData zarr folder: {error}") from error
+    else:
+        with open_h5ad(path) as file:
+            try:
+                matrix, obs, var = (read_elem(file[key]) for key in ("X", "obs", "var"))
+            except (KeyError, ValueError, OSError) as error:
+                raise StoreError(f"{path} cannot be read as an h5ad: {error}") from error
+    names = tuple(str(name) for name in var.index)
+    if len(set(names)) < len(names):
+        raise StoreError(f"{path} has gene names more than once; adata.var_names_make_unique()")
+    return matrix, obs, names
+
+
+def _as_float32(matrix: Any, path: Path) -> ExpressionValues:
+    if not sp.issparse(matrix):
+        dense: npt.NDArray[np.float32] = np.ascontiguousarray(matrix, dtype=np.float32)
+        return dense
+    values = sp.csr_matrix(matrix, dtype=np.float32)
+    values.sum_duplicates()
+    values.eliminate_zeros()
+    return values
+
+
+def _check_log1p(values: ExpressionValues, path: Path) -> None:
+    stored = np.asarray(values.data if sp.issparse(values) else values)
+    if not stored.size:
+        return
+    low, high = float(stored.min()), float(stored.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise StoreError(f"X of {path} holds values that are not finite (nan or inf)")
+    if low < 0 or high >= MAX_LOG1P:
+        raise StoreError(
+            f"X of {path} holds values from {low:g} to {high:g}, but log1p of normalised counts "
+            f"lies between 0 and {MAX_LOG1P}; apply sc.pp.normalize_total and sc.pp.log1p, and "
+            "clip predictions at 0"
+        )
+    if high > 0 and bool((stored == np.floor(stored)).all()):
+        raise StoreError(
+            f"X of {path} holds whole numbers only, so it seems to be raw counts; apply "
+            "sc.pp.normalize_total and sc.pp.log1p"
+        )
+
+
+def _find_genes(names: tuple[str, ...], genes: Sequence[str], path: Path) -> npt.NDArray[np.int64]:
+    position = {name: index for index, name in enumerate(names)}
+    missing = [gene for gene in genes if gene not in position]
+    if missing:
+        raise StoreError(
+            f"{path} lacks {len(missing)} of {len(genes)} genes: {some(missing)}"
+            f"{nearest(missing[0], names)}"
+        )
+    return np.array([position[gene] for gene in genes], dtype=np.int64)
+
+
+def write_predictions(
+    path: Path, values: ExpressionValues, genes: Sequence[str], obs: pd.DataFrame
+) -> None:
+    """Write an h5ad with predicted log1p expression, atomically.
+
+    Parameters
+    ----------
+    path
+        The h5ad to write or replace.
+    values
+        [N, G] log1p expression, CSR or dense; stored as float32, uncompressed.
+    genes
+        [G] gene names.
+    obs
+        [N] annotations, those of the truth.
+
+    Raises
+    ------
+    StoreError
+        If the disk is full.
+    """
+    table = ad.AnnData(
+        _as_float32(values, path), obs=obs, var=pd.DataFrame(index=pd.Index(genes, dtype=object))
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with full_disk_is_a_user_error(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.write_h5ad(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def compute_mean(
+    store: Store, rows: npt.NDArray[np.int64], space: OutputSpace
+) -> npt.NDArray[np.float64]:
+    """Average the log1p values of some cells, read in a stream.
+
+    Parameters
+    ----------
+    store
+        The cells.
+    rows
+        Store rows, ascending; at least one.
+    space
+        Genes to average.
+
+    Returns
+    -------
+    [G] means.
+    """
+    one_group = np.zeros(rows.size, dtype=np.int64)
+    sums_1G = _sum_groups(store, rows, one_group, 1, space)
+    mean_G: npt.NDArray[np.float64] = sums_1G[0] / rows.size
+    return mean_G
+
+
+def build_profiles(
+    store: Store,
+    pert_rows: npt.NDArray[np.int64],
+    control_rows: npt.NDArray[np.int64],
+    space: OutputSpace,
+    features_PD: npt.NDArray[np.float32],
+) -> PerturbationProfiles:
+    """Average the cells of each perturbation of a split, read in a stream.
+
+    Parameters
+    ----------
+    store
+        The cells.
+    pert_rows, control_rows
+        Store rows of the split's perturbed and control cells, ascending (``split_rows``).
+    space
+        Genes to average.
+    features_PD
+        A feature row for each of ``store.perturbations``, in that order.
+    """
+    codes, groups, num_cells_P = np.unique(
+        store.pert_code[pert_rows], return_inverse=True, return_counts=True
+    )
+    sums_PG = _sum_groups(store, pert_rows, groups, codes.size, space)
+    return PerturbationProfiles(
+        names=tuple(store.perturbations[code] for code in codes),
+        mean_PG=sums_PG / num_cells_P[:, None],
+        num_cells_P=num_cells_P,
+        control_mean_G=compute_mean(store, control_rows, space),
+        features_PD=features_PD[codes],
+    )
+
+
+def _sum_groups(
+    store: Store,
+    rows: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    num_groups: int,
+    space: OutputSpace,
+) -> npt.NDArray[np.float64]:
+    sums = np.zeros((num_groups, len(store.output_genes(space))))
+    for block, values in _iterate_rows(store, rows, space):
+        members = groups[block]
+        membership = sp.csr_matrix(
+            (np.ones(members.size), (members, np.arange(members.size))),
+            shape=(num_groups, members.size),
+        )
+        product = membership @ values.astype(np.float64)
+        sums += product.toarray() if sp.issparse(product) else product
+    return sums
+
+
+def _iterate_rows(
+    store: Store, rows: npt.NDArray[np.int64], space: OutputSpace
+) -> Iterator[tuple[slice, ExpressionValues]]:
+    """Yield (places in ``rows``, their values), reading each stretch of the store once."""
+    cuts = np.flatnonzero(np.diff(rows // ROWS_PER_READ)) + 1
+    for lo, hi in zip([0, *cuts], [*cuts, rows.size], strict=True):
+        if lo == hi:
+            continue
+        part = rows[lo:hi]
+        start, stop = int(part[0]), int(part[-1]) + 1
+        is_all = space == "all"
+        values = store.read_csr(start, stop) if is_all else store.read_rows(space, start, stop)
+        yield slice(int(lo), int(hi)), values[part - start]

@@ -1,0 +1,408 @@
+"""The store that ``preprocess`` makes: content, layout, and the same bytes after any accident."""
+
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from data_store.preprocess import PreprocessSpec, preprocess
+from data_store.schema import ObsColumns, StoreError, run_in_process
+from data_store.store import Store, is_store
+from tests.support.atlas import build_atlas, gene_names, write_atlas
+from tests.support.data import data_path
+
+COLUMNS = ObsColumns(cell_type_key="cell_type", batch_col="batch")
+
+
+def make_spec(source: Path, out: Path, **changes) -> PreprocessSpec:
+    spec = PreprocessSpec(
+        input=source,
+        out=out,
+        columns=COLUMNS,
+        library_size_col=None,
+        keep={},
+        n_top_genes=20,
+        rows_per_block=150,
+    )
+    return replace(spec, **changes)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("atlas") / "atlas.h5ad"
+    return write_atlas(path, num_cells=800, num_genes=70, contexts=2)
+
+
+@pytest.fixture(scope="module")
+def store(source, tmp_path_factory):
+    return preprocess(make_spec(source, tmp_path_factory.mktemp("out") / "store"))
+
+
+def file_digests(root: Path) -> dict[str, str]:
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_groups_are_contiguous_and_rows_point_at_the_source(store, source):
+    atlas = ad.read_h5ad(source)
+    obs = store.read_obs(np.arange(store.num_cells))
+    original = atlas.obs.iloc[store.source_row]
+    assert (obs.index == original.index).all()
+    assert (obs[list(original.columns)].astype(str) == original.astype(str)).all(axis=None)
+    assert sorted(store.source_row) == list(range(800))
+    keys = np.stack([store.context_code, store.pert_code, store.batch_code, store.source_row])
+    assert np.array_equal(np.lexsort(keys[::-1]), np.arange(800))
+    assert isinstance(obs["batch"].dtype, type(atlas.obs["batch"].dtype))
+    labels = np.array(store.perturbations)[store.pert_code]
+    assert (labels == obs["target_gene"].astype(str)).all()
+
+
+def test_names_and_codes(store):
+    assert store.perturbations == (*gene_names(8), "non-targeting")
+    assert store.perturbations[store.control_index] == store.control == "non-targeting"
+    assert store.contexts == ("line_0", "line_1")
+    assert store.batches == ("batch_0", "batch_1")
+    assert store.genes == tuple(gene_names(70))
+    assert np.array_equal(store.hvg_index, np.sort(store.hvg_index))
+    assert store.output_genes("hvg") == tuple(store.genes[gene] for gene in store.hvg_index)
+    assert store.nbytes("hvg") == 800 * 20 * 4
+    assert store.nbytes("all") == 800 * 70 * 4
+
+
+def test_anndata_reads_what_the_store_reads(store):
+    adata = ad.read_zarr(store.path)
+    assert adata.X.dtype == np.float32
+    assert dict(adata.uns["hvg"]) == {"flavor": "seurat"}
+    assert dict(adata.uns["log1p"]) == {"base": None}
+    assert np.array_equal(store.read_matrix("all"), adata.X.toarray())
+    assert np.array_equal(store.read_matrix("hvg"), adata.obsm["X_hvg"])
+    assert np.array_equal(adata.obsm["X_hvg"], adata[:, adata.var["highly_variable"]].X.toarray())
+    assert np.array_equal(adata.obs["library_size"], store.library_size)
+    assert adata[:, ::3].X.sum() > 0
+
+
+@pytest.mark.parametrize("space", ["hvg", "all"])
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (149, 151), (300, 300), (7, 800)])
+def test_read_rows_is_a_slice_of_the_matrix(store, space, start, stop):
+    assert np.array_equal(store.read_rows(space, start, stop), store.read_matrix(space)[start:stop])
+    assert store.read_rows(space, start, stop).dtype == np.float32
+    assert store.read_csr(start, stop).shape == (stop - start, 70)
+
+
+def test_read_rows_refuses_rows_outside(store):
+    with pytest.raises(IndexError, match="790:801"):
+        store.read_rows("hvg", 790, 801)
+
+
+def test_a_store_travels_as_its_path(store):
+    sent = pickle.dumps(store)
+    assert len(sent) < 1000
+    assert pickle.loads(sent).digest == store.digest
+
+
+def test_every_file_is_in_the_manifest(store):
+    assert store.verify() == []
+    listed = set(store.manifest.files) | {"manifest.json", "COMMIT"}
+    assert listed == set(file_digests(store.path))
+    assert is_store(store.path)
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 63, 64, 200, 5000])
+def test_block_size_changes_no_value(source, store, tmp_path, rows_per_block):
+    if rows_per_block == 1:
+        source = write_atlas(tmp_path / "small.h5ad", num_cells=40, num_genes=70)
+        store = preprocess(make_spec(source, tmp_path / "whole", rows_per_block=40))
+    spec = make_spec(source, tmp_path / "store", rows_per_block=rows_per_block)
+    other = preprocess(spec)
+    assert np.array_equal(other.hvg_index, store.hvg_index)
+    assert np.array_equal(other.read_matrix("all"), store.read_matrix("all"))
+    assert np.array_equal(other.read_matrix("hvg"), store.read_matrix("hvg"))
+
+
+def test_many_small_shards_of_dense_rows(tmp_path):
+    source = write_atlas(tmp_path / "atlas.h5ad", num_cells=700, num_genes=500)
+    whole = preprocess(make_spec(source, tmp_path / "whole", rows_per_block=700))
+    cut = preprocess(make_spec(source, tmp_path / "cut", rows_per_block=64))
+    assert len(list((cut.path / "X/data/c").iterdir())) > 10
+    assert np.array_equal(whole.read_matrix("all"), cut.read_matrix("all"))
+
+
+def interrupt(what: str, after: int):
+    """Return a task runner that dies in one pass after some tasks."""
+
+    def run_tasks(task, items, *, what: str, unit: str):
+        results = run_in_process(task, items, what=what, unit=unit)
+        for done, result in enumerate(results):
+            if what == interrupted_pass and done == after:
+                raise KeyboardInterrupt
+            yield result
+
+    interrupted_pass = what
+    return run_tasks
+
+
+@pytest.mark.parametrize(
+    ("what", "after"), [("check counts", 2), ("moments", 1), ("write store", 0), ("write store", 3)]
+)
+def test_an_interrupted_run_continues_to_the_same_bytes(source, store, tmp_path, what, after):
+    spec = make_spec(source, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(spec, interrupt(what, after))
+    assert not spec.out.exists()
+    assert preprocess(spec).digest == store.digest
+    assert file_digests(spec.out) == file_digests(store.path)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_finished_blocks_are_not_written_again(source, tmp_path):
+    spec = make_spec(source, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(spec, interrupt("write store", 3))
+    shard = tmp_path / "store.partial/store/obsm/X_hvg/c/0/0"
+    before = shard.stat().st_mtime_ns
+    preprocess(spec)
+    assert (spec.out / "obsm/X_hvg/c/0/0").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_torn_shard_is_written_again(source, store, tmp_path, damage):
+    spec = make_spec(source, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(spec, interrupt("write store", 3))
+    root = tmp_path / "store.partial/store"
+    for name in ("X/data/c/0", "X/indices/c/1", "obsm/X_hvg/c/1/0"):
+        content = (root / name).read_bytes()
+        if damage == "remove":
+            (root / name).unlink()
+        elif damage == "truncate":
+            (root / name).write_bytes(content[:7])
+        else:
+            (root / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (root / "X/data/c/0.1234.partial").write_bytes(b"left by a kill")
+    preprocess(spec)
+    assert file_digests(spec.out) == file_digests(store.path)
+
+
+def test_a_torn_record_is_not_trusted(source, store, tmp_path):
+    spec = make_spec(source, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(spec, interrupt("write store", 3))
+    (tmp_path / "store.partial/blocks/00000000.json").write_text('{"X/data')
+    preprocess(spec)
+    assert file_digests(spec.out) == file_digests(store.path)
+
+
+def test_other_settings_start_the_partial_store_anew(source, store, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(
+            make_spec(source, tmp_path / "store", n_top_genes=5), interrupt("write store", 2)
+        )
+    preprocess(make_spec(source, tmp_path / "store"))
+    assert file_digests(tmp_path / "store") == file_digests(store.path)
+
+
+def test_a_finished_store_is_returned_at_once(source, store, tmp_path):
+    spec = make_spec(source, store.path)
+
+    def refuse(task, items, *, what, unit):
+        raise AssertionError("a finished store needs no task")
+
+    assert preprocess(spec, refuse).digest == store.digest
+    assert preprocess(replace(spec, rows_per_block=7), refuse).digest == store.digest
+
+
+def test_a_store_of_other_settings_is_refused(source, store):
+    with pytest.raises(StoreError, match=r"n_top_genes: 20 there, 9 asked.*Remove the folder"):
+        preprocess(make_spec(source, store.path, n_top_genes=9))
+
+
+def test_a_folder_that_is_no_store_is_left_alone(source, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.txt").write_text("years of work")
+    with pytest.raises(StoreError, match="not a store"):
+        preprocess(make_spec(source, tmp_path / "notes"))
+    (tmp_path / "notes").rename(tmp_path / "out.partial")
+    with pytest.raises(StoreError, match="in the way"):
+        preprocess(make_spec(source, tmp_path / "out"))
+    assert (tmp_path / "out.partial/thesis.txt").read_text() == "years of work"
+
+
+def test_two_processes_do_not_build_the_same_store(source, tmp_path):
+    spec = make_spec(source, tmp_path / "store")
+
+    def run_tasks(task, items, *, what, unit):
+        with pytest.raises(StoreError, match="another process is building"):
+            preprocess(spec)
+        return run_in_process(task, items, what=what, unit=unit)
+
+    preprocess(spec, run_tasks)
+
+
+def test_a_full_disk_is_seen_before_writing(source, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1000))
+    with pytest.raises(StoreError, match="needs about .* GiB at .*store"):
+        preprocess(make_spec(source, tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_input_that_changes_meanwhile_is_refused(tmp_path):
+    source = write_atlas(tmp_path / "atlas.h5ad")
+
+    def run_tasks(task, items, *, what, unit):
+        if what == "write store":
+            source.touch()
+        return run_in_process(task, items, what=what, unit=unit)
+
+    with pytest.raises(StoreError, match="changed while it was read"):
+        preprocess(make_spec(source, tmp_path / "store"), run_tasks)
+    assert not (tmp_path / "store").exists()
+
+
+def test_without_context_and_batch_there_is_one_of_each(source, tmp_path):
+    store = preprocess(make_spec(source, tmp_path / "store", columns=ObsColumns()))
+    assert store.contexts == store.batches == ("all",)
+    assert not store.context_code.any()
+
+
+def test_more_genes_than_vary_are_clamped(source, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        store = preprocess(make_spec(source, tmp_path / "store", n_top_genes=10_000))
+    assert 0 < store.hvg_index.size <= 70
+    assert "n_top_genes = 10000" in caplog.text
+
+
+def write_changed(tmp_path, change) -> Path:
+    atlas = build_atlas(num_cells=200, num_genes=30)
+    change(atlas)
+    atlas.write_h5ad(tmp_path / "changed.h5ad")
+    return tmp_path / "changed.h5ad"
+
+
+def empty_most_cells(atlas):
+    atlas.X = atlas.X.toarray()
+    atlas.X[:150] = 0
+
+
+def make_constant(atlas):
+    atlas.X = np.ones(atlas.shape, dtype=np.float32)
+
+
+def add_reserved_column(atlas):
+    atlas.obs["source_row"] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (empty_most_cells, "median library size"),
+        (make_constant, "none of the 30 genes varies"),
+        (add_reserved_column, "column 'source_row', a name the store needs"),
+    ],
+)
+def test_unusable_content_is_refused(tmp_path, change, message):
+    source = write_changed(tmp_path, change)
+    columns = ObsColumns()
+    with pytest.raises(StoreError, match=message):
+        preprocess(make_spec(source, tmp_path / "store", columns=columns))
+    assert not (tmp_path / "store").exists()
+
+
+def test_empty_cells_and_constant_genes_are_kept(tmp_path):
+    def change(atlas):
+        atlas.X = atlas.X.toarray()
+        atlas.X[3:6] = 0
+        atlas.X[:, 4] = 0
+
+    source = write_changed(tmp_path, change)
+    store = preprocess(make_spec(source, tmp_path / "store", columns=ObsColumns()))
+    is_empty = np.isin(store.source_row, [3, 4, 5])
+    matrix = store.read_matrix("all")
+    assert not matrix[is_empty].any()
+    assert not matrix[:, 4].any()
+    assert 4 not in store.hvg_index
+    assert np.isfinite(matrix).all()
+
+
+def test_a_given_library_size_of_zero_with_counts_is_refused(tmp_path):
+    source = write_changed(tmp_path, lambda atlas: atlas.obs.insert(0, "depth", 0.0))
+    spec = make_spec(source, tmp_path / "store", columns=ObsColumns(), library_size_col="depth")
+    with pytest.raises(StoreError, match=r"'depth' \(data.library_size_col\) is 0 for cell"):
+        preprocess(spec)
+
+
+@pytest.mark.parametrize("field", ["n_top_genes", "rows_per_block"])
+def test_numbers_below_one_are_refused(source, tmp_path, field):
+    with pytest.raises(StoreError, match=f"data.{field} = 0"):
+        preprocess(make_spec(source, tmp_path / "store", **{field: 0}))
+
+
+def copy_store(store: Store, tmp_path) -> Path:
+    return Path(shutil.copytree(store.path, tmp_path / "copy"))
+
+
+def test_open_refuses_what_is_not_a_finished_store(store, tmp_path):
+    with pytest.raises(StoreError, match="there is no store at"):
+        Store.open(tmp_path / "absent")
+    with pytest.raises(StoreError, match="not a finished store"):
+        Store.open(tmp_path)
+    path = copy_store(store, tmp_path)
+    (path / "COMMIT").unlink()
+    assert not is_store(path)
+    with pytest.raises(StoreError, match="COMMIT does not match"):
+        Store.open(path)
+
+
+def test_open_refuses_a_changed_manifest_and_a_newer_format(store, tmp_path):
+    path = copy_store(store, tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"target_sum": 1.0}))
+    with pytest.raises(StoreError, match="unfinished or damaged"):
+        Store.open(path)
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(StoreError, match="store format 99.*upgrade statewide"):
+        Store.open(path)
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="is damaged"):
+        Store.open(path)
+
+
+def test_verify_names_damaged_files(store, tmp_path):
+    path = copy_store(store, tmp_path)
+    (path / "X/data/c/0").write_bytes(b"torn")
+    (path / "obs/zarr.json").unlink()
+    assert replace(store, path=path).verify() == ["X/data/c/0", "obs/zarr.json"]
+
+
+def test_papalexi_keeps_assigned_cells_and_its_own_library_size(tmp_path):
+    spec = PreprocessSpec(
+        input=data_path("papalexi2021/papalexi2021.h5ad"),
+        out=tmp_path / "store",
+        columns=ObsColumns(batch_col="bio_rep"),
+        library_size_col="total_umis_full",
+        keep={"assigned": [True]},
+        n_top_genes=100,
+        rows_per_block=8192,
+    )
+    store = preprocess(spec)
+    assert store.num_cells == 19_619
+    assert len(store.perturbations) == 26
+    assert store.batches == ("rep_1", "rep_2", "rep_3")
+    obs = store.read_obs(np.arange(store.num_cells))
+    assert obs["assigned"].all()
+    assert np.array_equal(store.library_size, obs["total_umis_full"])
+    assert store.target_sum == np.median(obs["total_umis_full"])
+    raw = ad.read_h5ad(spec.input).X[store.source_row[:50]].toarray()
+    expected = np.log1p(raw * (store.target_sum / store.library_size[:50, None]))
+    np.testing.assert_allclose(store.read_rows("all", 0, 50), expected, rtol=1e-5)

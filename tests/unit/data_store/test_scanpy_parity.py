@@ -1,0 +1,67 @@
+"""The store holds what scanpy computes: the same values, and the same highly variable genes."""
+
+import anndata as ad
+import numpy as np
+import pytest
+import scanpy as sc
+
+from data_store.preprocess import PreprocessSpec, preprocess
+from data_store.schema import ObsColumns
+from tests.support.atlas import build_atlas
+from tests.support.data import data_path
+
+
+def scanpy_result(source, n_top_genes):
+    adata = ad.read_h5ad(source)
+    sc.pp.normalize_total(adata)
+    sc.pp.log1p(adata)
+    sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes)
+    return adata
+
+
+def assert_same_as_scanpy(source, out, columns, n_top_genes):
+    expected = scanpy_result(source, n_top_genes)
+    spec = PreprocessSpec(source, out, columns, None, {}, n_top_genes, 700)
+    store = preprocess(spec)
+    found = ad.read_zarr(store.path)
+    assert (found.var["highly_variable"] == expected.var["highly_variable"]).all()
+    for column in ("means", "dispersions", "dispersions_norm"):
+        np.testing.assert_allclose(found.var[column], expected.var[column], rtol=1e-6, atol=1e-6)
+    values = expected.X[store.source_row]
+    difference = found.X - values
+    assert difference.nnz == 0 if hasattr(difference, "nnz") else not np.any(difference)
+
+
+@pytest.mark.parametrize("n_top_genes", [1, 50, 500, 2000, 5000])
+def test_pbmc3k(tmp_path, n_top_genes):
+    source = data_path("pbmc3k/pbmc3k_raw.h5ad")
+    columns = ObsColumns(pert_col="cell_type", control_pert="B")
+    assert_same_as_scanpy(source, tmp_path / "store", columns, n_top_genes)
+
+
+@pytest.mark.parametrize("n_top_genes", [7, 100])
+@pytest.mark.parametrize("dtype", ["float32", "int32", "uint16", "int64"])
+def test_synthetic_counts(tmp_path, dtype, n_top_genes):
+    atlas = build_atlas(num_cells=500, num_genes=200, seed=3)
+    atlas.X = atlas.X.astype(dtype)
+    atlas.write_h5ad(tmp_path / "atlas.h5ad")
+    assert_same_as_scanpy(tmp_path / "atlas.h5ad", tmp_path / "store", ObsColumns(), n_top_genes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_dense_counts(tmp_path, dtype):
+    atlas = build_atlas(num_cells=500, num_genes=200, seed=4)
+    atlas.X = atlas.X.toarray().astype(dtype)
+    atlas.write_h5ad(tmp_path / "atlas.h5ad")
+    assert_same_as_scanpy(tmp_path / "atlas.h5ad", tmp_path / "store", ObsColumns(), 50)
+
+
+@pytest.mark.filterwarnings("ignore:Some cells have zero counts:UserWarning")
+def test_genes_never_seen_and_empty_cells(tmp_path):
+    atlas = build_atlas(num_cells=501, num_genes=200, seed=5)
+    counts = atlas.X.toarray()
+    counts[:, ::9] = 0
+    counts[11:14] = 0
+    atlas.X = type(atlas.X)(counts)
+    atlas.write_h5ad(tmp_path / "atlas.h5ad")
+    assert_same_as_scanpy(tmp_path / "atlas.h5ad", tmp_path / "store", ObsColumns(), 60)
