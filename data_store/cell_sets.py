@@ -18,6 +18,7 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from data_store.hints import some
 from data_store.schema import OutputSpace, StoreError
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ class ControlPools:
                 "controls of their context's other batches",
                 unmatched,
                 len(target_rows),
-                _join_some([f"{context}, batch {batch}" for context, batch in missing]),
+                some(f"{context} {batch}" for context, batch in missing),
             )
         return unmatched
 
@@ -210,8 +211,8 @@ class ControlPools:
         store = self._store
         return (
             f"{store.path}: no control cell ({store.perturbations[store.control_index]!r}) to pair "
-            f"with the perturbed cells of context {_join_some([repr(n) for n in names])}. Contexts "
-            f"with controls here: {_join_some([store.contexts[c] for c in self._by_context])}. Add "
+            f"with the perturbed cells of context {some(repr(name) for name in names)}. Contexts "
+            f"with controls here: {some(store.contexts[code] for code in self._by_context)}. Add "
             "controls of that context, leave it out with data.keep, or set "
             'split.controls = "shared"'
         )
@@ -393,8 +394,3 @@ def _draw_evenly(rng: np.random.Generator, pool: Rows, count: int) -> Rows:
 
 def _generator(seed: int, purpose: _Purpose, first: int, second: int) -> np.random.Generator:
     return np.random.default_rng([seed, int(purpose), first, second])
-
-
-def _join_some(names: Sequence[str], most: int = 5) -> str:
-    shown = "; ".join(names[:most]) or "none"
-    return f"{shown}; and {len(names) - most} more" if len(names) > most else shown

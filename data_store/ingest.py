@@ -189,9 +189,9 @@ def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_
 
 def _check_raw_counts(counts: sp.csr_matrix, rows: npt.NDArray[np.int64], path: Path) -> None:
     values = counts.data
-    if values.dtype.kind not in "biuf":
+    if values.dtype.kind not in ("b", "i", "u", "f"):
         raise StoreError(f"X of {path} holds {values.dtype} values; raw counts are numbers")
-    if values.dtype.kind in "bu":
+    if values.dtype.kind in ("b", "u"):
         return
     is_bad = values < 0
     if values.dtype.kind == "f":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,8 @@ def preprocess(spec: PreprocessSpec, run_tasks: TaskRunner = run_in_process) -> 
             f"data.n_top_genes = {spec.n_top_genes} and data.rows_per_block = "
             f"{spec.rows_per_block} must be at least 1"
         )
+    # Tasks may run in another working folder.
+    spec = replace(spec, input=spec.input.absolute(), out=spec.out.absolute())
     source = inspect_h5ad(spec.input)
     identity = {"source": describe_source(spec.input), "spec": spec.describe()}
     finished = find_finished_store(spec.out, identity)

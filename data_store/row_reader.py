@@ -23,8 +23,10 @@ logger = logging.getLogger(__name__)
 _GIB = 1 << 30
 _MIN_CACHE_BYTES = 256 << 20
 _BLOCK_BYTES = 4 << 20
-# A chunk of the store holds this many rows: a block of whole chunks is decoded once.
+# A chunk of the store holds this many rows: a block of whole chunks is decoded once. A read costs
+# some milliseconds however small it is; beyond four chunks of a narrow matrix it reads too much.
 _ROWS_PER_CHUNK = 64
+_MOST_CHUNKS_PER_BLOCK = 4
 
 
 class RowReader(Protocol):
@@ -79,7 +81,7 @@ class StreamedRows:
     cache_bytes
         Most bytes of cached blocks (one block is always kept).
     rows_per_block
-        Rows read at once; default: about 4 MiB of them.
+        Rows read at once; default: 64 to 256, at most 4 MiB of them where that is possible.
     """
 
     def __init__(
@@ -94,7 +96,8 @@ class StreamedRows:
         self._store = store
         self._space: OutputSpace = space
         self._num_genes = row_bytes // np.dtype(np.float32).itemsize
-        chunks_per_block = max(1, _BLOCK_BYTES // (row_bytes * _ROWS_PER_CHUNK))
+        fitting_chunks = max(1, _BLOCK_BYTES // (row_bytes * _ROWS_PER_CHUNK))
+        chunks_per_block = min(fitting_chunks, _MOST_CHUNKS_PER_BLOCK)
         self._rows_per_block = rows_per_block or chunks_per_block * _ROWS_PER_CHUNK
         self._max_blocks = max(1, cache_bytes // (self._rows_per_block * row_bytes))
         self._blocks: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()

@@ -50,6 +50,14 @@ class StoreLayout:
     shard_rows: int
     """Rows in a shard of ``X_hvg`` and in a task's block, a multiple of ``chunk_rows``."""
 
+    @property
+    def index_dtype(self) -> str:
+        """Type of ``X/indices`` and ``X/indptr``.
+
+        One for both, and signed: anndata hands them to scipy as they are, which needs that.
+        """
+        return "int32" if self.nnz < 1 << 31 else "int64"
+
 
 def plan_layout(
     *, num_cells: int, num_genes: int, num_hvg: int, nnz: int, rows_per_block: int
@@ -84,8 +92,7 @@ def create_arrays(root: Path, layout: StoreLayout, indptr: npt.NDArray[np.int64]
     _create_group(store, root, "X", csr)
     vector = {"shape": (layout.nnz,), "chunks": (layout.chunk_nnz,), "shards": (layout.shard_nnz,)}
     _create_array(store, root, "X/data", {**vector, "dtype": "float32"})
-    # uint16 would halve them in memory, but scipy does not take such indices as they are.
-    _create_array(store, root, "X/indices", {**vector, "dtype": "int32"})
+    _create_array(store, root, "X/indices", {**vector, "dtype": layout.index_dtype})
     _create_array(
         store,
         root,
@@ -99,7 +106,7 @@ def create_arrays(root: Path, layout: StoreLayout, indptr: npt.NDArray[np.int64]
         },
     )
     chunk = min(indptr.size, INDPTR_CHUNK)
-    spec = {"shape": indptr.shape, "chunks": (chunk,), "dtype": "int64"}
+    spec = {"shape": indptr.shape, "chunks": (chunk,), "dtype": layout.index_dtype}
     _create_array(store, root, "X/indptr", spec)
     _open_for_writing(root, "X/indptr")[:] = indptr
 

@@ -8,11 +8,13 @@ Tests: ``pytest tests/unit/data_store/test_simulate.py``.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
 import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -49,6 +51,10 @@ logger = logging.getLogger(__name__)
 _ROWS_PER_BLOCK = 512
 _MODEL_VERSION = 1
 _CHUNK_ELEMENTS = 1 << 18
+# Room for one block without compression, for indptr, and for metadata.
+_BYTES_PER_ELEMENT = 12
+_BYTES_PER_ROW = 8
+_SPARE_BYTES = 16 << 20
 _COLUMNS = ObsColumns(cell_type_key="cell_type", batch_col="batch")
 
 
@@ -94,6 +100,8 @@ def simulate_atlas(
         blocks = cut_blocks(plan, _ROWS_PER_BLOCK)
         draw = partial(draw_counts, model=model, seed=spec.seed)
         for counts in run_tasks(draw, blocks, what="simulate", unit="cells"):
+            needed_bytes = counts.nnz * _BYTES_PER_ELEMENT + spec.num_cells * _BYTES_PER_ROW
+            _check_free_space(out.parent, needed_bytes)
             matrix.append(counts)
         matrix.finish()
 
@@ -116,14 +124,16 @@ class _CsrWriter:
     """Appends rows to the ``X`` of an h5ad, in AnnData's layout for CSR matrices."""
 
     def __init__(self, file: h5py.File, num_rows: int, num_columns: int) -> None:
+        self._file = file
         self._group = file.create_group("X")
         self._num_columns = num_columns
         self._row_nnz: list[npt.NDArray[np.int64]] = []
         # scipy wants indices and indptr of one type, and the number of elements comes last.
         fits_int32 = num_rows * num_columns <= np.iinfo(np.int32).max
         self._index_dtype = np.int32 if fits_int32 else np.int64
-        for name, dtype in (("data", np.float32), ("indices", self._index_dtype)):
-            self._group.create_dataset(
+        # Kept open: h5py ignores what goes wrong while a dataset that nobody holds is closed.
+        self._datasets = {
+            name: self._group.create_dataset(
                 name,
                 shape=(0,),
                 maxshape=(None,),
@@ -133,14 +143,17 @@ class _CsrWriter:
                 compression_opts=1,
                 shuffle=True,
             )
+            for name, dtype in (("data", np.float32), ("indices", self._index_dtype))
+        }
 
     def append(self, rows: sp.csr_matrix) -> None:
         self._row_nnz.append(np.diff(rows.indptr).astype(np.int64))
         for name, values in (("data", rows.data), ("indices", rows.indices)):
-            dataset = self._group[name]
+            dataset = self._datasets[name]
             start = dataset.shape[0]
             dataset.resize((start + len(values),))
             dataset[start:] = values
+        self._file.flush()
 
     def finish(self) -> None:
         indptr = np.concatenate([[0], np.cumsum(np.concatenate(self._row_nnz))])
@@ -248,6 +261,12 @@ def _write_truth(path: Path, spec: SimulationSpec, model: AtlasModel) -> None:
         genes=genes,
     )
     write_bytes_atomically(path, buffer.getvalue())
+
+
+def _check_free_space(folder: Path, needed_bytes: int) -> None:
+    """Stop before the disk is full: HDF5 then loses chunks, and may crash the process at exit."""
+    if shutil.disk_usage(folder).free < _SPARE_BYTES + needed_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager

@@ -189,7 +189,7 @@ class Store:
 
     @cached_property
     def _indptr(self) -> npt.NDArray[np.int64]:
-        return _read(_open_array(self.path, "X/indptr"), slice(None))
+        return _read(_open_array(self.path, "X/indptr"), slice(None)).astype(np.int64)
 
 
 def _open_group(root: Path, name: str) -> zarr.Group:

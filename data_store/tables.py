@@ -98,7 +98,10 @@ def _as_float32(matrix: Any, path: Path) -> ExpressionValues:
     if not sp.issparse(matrix):
         dense: npt.NDArray[np.float32] = np.ascontiguousarray(matrix, dtype=np.float32)
         return dense
-    values = sp.csr_matrix(matrix, dtype=np.float32)
+    # Built anew: files may hold index types that scipy's own methods refuse.
+    form = sp.csc_matrix if matrix.format == "csc" else sp.csr_matrix
+    parts = (matrix.data.astype(np.float32), matrix.indices, matrix.indptr)
+    values = form(parts, shape=matrix.shape, copy=True).tocsr()
     values.sum_duplicates()
     values.eliminate_zeros()
     return values

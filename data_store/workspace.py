@@ -68,6 +68,7 @@ def find_finished_store(out: Path, identity: Mapping[str, Any]) -> Path | None:
         for name, made_with, wanted in _compare(
             {**manifest.source, **manifest.spec}, {**identity["source"], **identity["spec"]}
         )
+        if name != "path"
     ]
     if differences:
         raise StoreError(

@@ -26,6 +26,11 @@ from state.evaluate import (
 )
 from state.metrics.differential import DifferentialTable, compute_differential
 
+_DIFFERENTIAL_ARRAYS = (
+    *("num_cells_P", "p_value", "fdr", "statistic"),
+    *("log2_fold_change", "target_mean", "ref_mean"),
+)
+
 LEADERBOARD_NAME = "leaderboard.csv"
 
 
@@ -127,8 +132,10 @@ def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None
 
 def _read_differential(path: Path) -> DifferentialTable:
     with np.load(path) as arrays:
-        names, genes = tuple(arrays["names"].tolist()), tuple(arrays["genes"].tolist())
-        known = {"names": names, "genes": genes, "control": str(arrays["control"])}
-        known["num_control_cells"] = int(arrays["num_control_cells"])
-        rest = {name: arrays[name] for name in arrays.files if name not in known}
-        return DifferentialTable(**known, **rest)
+        return DifferentialTable(
+            names=tuple(arrays["names"].tolist()),
+            genes=tuple(arrays["genes"].tolist()),
+            control=str(arrays["control"]),
+            num_control_cells=int(arrays["num_control_cells"]),
+            **{name: arrays[name] for name in _DIFFERENTIAL_ARRAYS},
+        )

@@ -89,7 +89,7 @@ class RayCluster:
             for ever.
         """
         self.connect()
-        have = ray.cluster_resources()
+        have = _resources()
         cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
         fits = min(
             math.floor(cpus / wanted.cpus_per_worker),
@@ -120,7 +120,7 @@ class RayCluster:
         self.connect()
         remote = ray.remote(num_cpus=1, max_retries=_TASK_RETRIES)(_call)
         task_ref = ray.put(task)
-        limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        limit = 2 * max(1, int(_resources().get("CPU", 1)))
         with self._reporter.track(what, sum(map(size_of, items)), unit) as tracker:
             waiting: deque[tuple[Item, Any]] = deque()
             pending = iter(items)
@@ -177,6 +177,11 @@ class ThisProcess:
 def size_of(item: Any) -> int:
     """Return how much an item counts in the progress: its ``num_cells``, or 1."""
     return int(getattr(item, "num_cells", 1))
+
+
+def _resources() -> dict[str, float]:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
 
 
 def _call(task: Callable[[Any], Any], item: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,21 +95,22 @@ def single_process_group(config: RunConfig) -> Iterator[None]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     before = {name: os.environ.get(name) for name in alone}
     os.environ.update(alone)
-    dist.init_process_group(
-        backend="nccl" if config.cluster.use_gpu else "gloo",
-        store=dist.HashStore(),
-        rank=0,
-        world_size=1,
-        timeout=timedelta(seconds=config.cluster.timeout_s),
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    with tempfile.TemporaryDirectory() as meeting_place:
+        dist.init_process_group(
+            backend="nccl" if config.cluster.use_gpu else "gloo",
+            init_method=f"file://{meeting_place}/rendezvous",
+            rank=0,
+            world_size=1,
+            timeout=timedelta(seconds=config.cluster.timeout_s),
+        )
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 @contextmanager

@@ -37,13 +37,12 @@ def compute_pseudobulks(values: Any, groups: CellGroups) -> FloatArray:
         _add_csr_rows(values.data, values.indices, values.indptr, groups.codes_N, sums)
     else:
         _add_dense_rows(values, groups.codes_N, sums)
-
     return np.asarray(sums / groups.sizes[:, None], dtype=np.float64)
 
 
 def compute_effects(pseudobulks: FloatArray) -> FloatArray:
     """Subtract the control, the last row: [P, G] changes from [P + 1, G] pseudobulks."""
-    return pseudobulks[:-1] - pseudobulks[-1]
+    return np.asarray(pseudobulks[:-1] - pseudobulks[-1])
 
 
 @njit(cache=True, nogil=True)

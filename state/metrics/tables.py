@@ -5,6 +5,7 @@ First step of ``state.evaluate.evaluate``. Shape legend: N cells, G genes, P per
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -93,8 +94,7 @@ def check_table(table: CellTable, what: str) -> None:
             f"and {expected[1]} genes"
         )
     if len(set(table.genes)) != len(table.genes):
-        seen: set[str] = set()
-        twice = [gene for gene in table.genes if gene in seen or seen.add(gene)]  # type: ignore[func-returns-value]
+        twice = [gene for gene, count in Counter(table.genes).items() if count > 1]
         raise EvaluationError(
             f"{what}: genes occur twice: {_listing(twice)}. Make the gene names unique"
         )

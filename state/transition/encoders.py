@@ -36,6 +36,14 @@ def build_mlp(
     return nn.Sequential(*layers)
 
 
+@torch.no_grad()
+def scale_last_layer(mlp: nn.Sequential, scale: float) -> None:
+    """Multiply the weights of an MLP's last linear layer by a number."""
+    last = mlp[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight.mul_(scale)
+
+
 class BatchEncoder(nn.Embedding):
     """f_batch: a learned row for each experimental batch; an unknown batch is their mean."""
 

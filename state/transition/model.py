@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from state.config import ModelConfig
 from state.transition.backbone import SetTransformer
-from state.transition.encoders import BatchEncoder, build_mlp
+from state.transition.encoders import BatchEncoder, build_mlp, scale_last_layer
 from state.transition.heads import ReconstructionHead
 from state.transition.packing import SetPacking
+
+PERT_INIT_SCALE = 0.01
 
 
 class StateTransition(nn.Module):
@@ -54,6 +56,9 @@ class StateTransition(nn.Module):
             num_layers=config.pert_encoder_layers,
             dropout=config.dropout,
         )
+        # Directions of the features that no training perturbation has must not move a cell: what
+        # a random start puts there would stay, and speak up for an unseen perturbation.
+        scale_last_layer(self.pert_encoder, PERT_INIT_SCALE)
         self.batch_encoder = BatchEncoder(num_batches, width) if config.batch_encoder else None
         self.backbone = SetTransformer(
             width,

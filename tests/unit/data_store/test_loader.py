@@ -1,4 +1,5 @@
 import threading
+import time
 from itertools import islice
 
 import numpy as np
@@ -131,15 +132,32 @@ def test_an_error_while_loading_is_raised_at_its_batch(prefetch_batches):
     assert not loader_threads()
 
 
+class SlowReader(ResidentRows):
+    """Counts its calls; a batch of three sets takes six."""
+
+    delay_s = 0.0
+    calls = 0
+
+    def take(self, rows_N, out_NG):
+        time.sleep(self.delay_s)
+        super().take(rows_N, out_NG)
+        self.calls += 1
+
+
 def test_only_the_asked_number_of_batches_is_prepared_ahead():
-    class CountingReader(ResidentRows):
-        calls = 0
-
-        def take(self, rows_N, out_NG):
-            self.calls += 1
-            super().take(rows_N, out_NG)
-
-    reader = CountingReader(STORE.values)
+    reader = SlowReader(STORE.values)
     with loader(prefetch_batches=2, reader=reader) as batches:
         next(batches)
-    assert reader.calls <= 3 * 3 * 2
+        deadline_s = time.monotonic() + 10
+        while reader.calls < 3 * 6 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert reader.calls == 3 * 6
+
+
+def test_closing_does_not_wait_for_batches_nobody_wants():
+    reader = SlowReader(STORE.values)
+    reader.delay_s = 0.002
+    with loader(prefetch_batches=40, reader=reader) as batches:
+        next(batches)
+    assert reader.calls <= 4 * 6

@@ -1,9 +1,11 @@
 import logging
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_store.row_reader import ResidentRows, StreamedRows, open_rows
@@ -38,6 +40,7 @@ def take(reader, rows):
     return out
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.integers(0, STORE.num_cells - 1), max_size=60),
     blocks=st.integers(0, 30),
@@ -73,10 +76,19 @@ def test_a_row_outside_is_an_error(reader, row):
         take(reader, [0, row])
 
 
-def test_threads_share_a_reader():
-    reader = streamed(STORE, blocks=2, rows_per_block=7)
+def test_threads_share_a_reader_and_read_the_store_in_turn():
+    class OneAtATime(CountingStore):
+        busy = threading.Lock()
+
+        def read_rows(self, space, start, stop):
+            assert self.busy.acquire(blocking=False), "two threads read at once"
+            time.sleep(0.001)
+            self.busy.release()
+            return super().read_rows(space, start, stop)
+
+    reader = streamed(OneAtATime(), blocks=2, rows_per_block=50)
     rng = np.random.default_rng(0)
-    wanted = [rng.integers(STORE.num_cells, size=50) for _ in range(40)]
+    wanted = [rng.integers(STORE.num_cells, size=20) for _ in range(20)]
     with ThreadPoolExecutor(4) as pool:
         for rows, values in zip(wanted, pool.map(lambda r: take(reader, r), wanted), strict=True):
             assert np.array_equal(values, STORE.values[rows])

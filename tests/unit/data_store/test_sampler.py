@@ -2,7 +2,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_store.sampler import FixedSetSampler, SetSampler
@@ -17,6 +17,7 @@ def stream(length, **settings):
     return [s.sets[0] for s in islice(SetSampler(micro_batch_size=1, **settings), length)]
 
 
+@settings(deadline=None)
 @given(sets=SETS, size=SIZES, world=WORLDS, start=st.integers(0, 100), seed=st.integers(0, 9))
 def test_ranks_slice_one_stream_whatever_their_number(sets, size, world, start, seed):
     steps = 4
@@ -31,6 +32,7 @@ def test_ranks_slice_one_stream_whatever_their_number(sets, size, world, start, 
         assert {part.position for part in parts} == {start + step * world * size}
 
 
+@settings(deadline=None)
 @given(sets=SETS, size=SIZES, world=WORLDS)
 def test_two_ranks_see_what_one_sees_with_twice_the_micro_batch(sets, size, world):
     one = list(islice(SetSampler(sets, 0, size * world), 5))
@@ -39,6 +41,7 @@ def test_two_ranks_see_what_one_sees_with_twice_the_micro_batch(sets, size, worl
         assert whole.sets == tuple(ref for rank in many for ref in rank[step].sets)
 
 
+@settings(deadline=None)
 @given(sets=SETS, epochs=st.integers(1, 4))
 def test_an_epoch_has_every_set_once_and_its_own_order(sets, epochs):
     refs = stream(sets * epochs, sets_per_epoch=sets, seed=1)
@@ -50,6 +53,7 @@ def test_an_epoch_has_every_set_once_and_its_own_order(sets, epochs):
         assert [r.set_index for r in refs[:30]] != [r.set_index for r in refs[30:60]]
 
 
+@settings(deadline=None)
 @given(sets=SETS, size=SIZES, world=WORLDS, new_size=SIZES, new_world=WORLDS, data=st.data())
 def test_resuming_at_any_position_loses_and_repeats_nothing(
     sets, size, world, new_size, new_world, data
@@ -75,6 +79,7 @@ def test_every_training_set_counts():
     assert next(iter(SetSampler(3, 0, 5))).weight_B.tolist() == [1] * 5
 
 
+@settings(deadline=None)
 @given(sets=SETS, size=SIZES, world=WORLDS, most=st.integers(1, 40))
 def test_a_fixed_pass_counts_each_set_once_at_any_world_size(sets, size, world, most):
     counted, lengths = [], set()
@@ -102,11 +107,11 @@ def test_a_fixed_pass_is_the_same_each_time_and_not_only_the_first_sets():
     assert max(passes[0]) > 500
 
 
-@pytest.mark.parametrize("settings", [{"rank": 2}, {"rank": -1}, {"position": -1}])
-def test_nonsense_is_refused(settings):
+@pytest.mark.parametrize("change", [{"rank": 2}, {"rank": -1}, {"position": -1}])
+def test_nonsense_is_refused(change):
     with pytest.raises(ValueError, match="rank|from -1"):
         SetSampler(
-            **({"sets_per_epoch": 3, "seed": 0, "micro_batch_size": 2, "world_size": 2} | settings)
+            **({"sets_per_epoch": 3, "seed": 0, "micro_batch_size": 2, "world_size": 2} | change)
         )
 
 

@@ -93,13 +93,16 @@ def test_sparse_forms_and_dense_give_identical_results():
     assert_equal(compute_differential(replace(table, values=table.values.tocoo())), expected)
 
 
-def test_unsorted_indices_are_handled_and_the_input_stays_as_it_was():
+def test_unsorted_and_repeated_entries_are_handled_and_the_input_stays_as_it_was(monkeypatch):
+    monkeypatch.setattr(differential, "_KEYS_PER_BLOCK", 500)
     table = random_table(0)
-    values = table.values.copy()
-    for start, stop in zip(values.indptr[:-1], values.indptr[1:], strict=True):
-        values.indices[start:stop] = values.indices[start:stop][::-1]
-        values.data[start:stop] = values.data[start:stop][::-1]
-    values.has_sorted_indices = values.has_canonical_format = False
+    coo = table.values.tocoo()
+    # Each value as two halves, in reverse order of the columns.
+    row, column = np.concatenate([coo.row, coo.row]), np.concatenate([coo.col, coo.col])
+    order = np.lexsort((-column, row))
+    indptr = 2 * table.values.indptr
+    halves = np.concatenate([coo.data, coo.data])[order] / 2
+    values = sp.csr_matrix((halves, column[order], indptr), shape=table.values.shape)
     before = values.indices.copy()
     assert_equal(compute_differential(replace(table, values=values)), compute_differential(table))
     np.testing.assert_array_equal(values.indices, before)
@@ -114,15 +117,13 @@ def test_read_only_arrays_and_wide_indices_are_accepted():
     assert_equal(compute_differential(replace(table, values=values)), compute_differential(table))
 
 
-def test_negative_zero_is_zero():
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_negative_zero_is_zero(form):
     table = random_table(0)
-    values = dense(table)
-    assert_equal(
-        compute_differential(
-            replace(table, values=np.where(values == 0, np.float32(-0.0), values))
-        ),
-        compute_differential(table),
-    )
+    values = sp.csr_matrix(np.ones(table.values.shape, np.float32))
+    values.data = np.where(dense(table) == 0, np.float32(-0.0), dense(table)).ravel()
+    negative = values.toarray() if form == "dense" else values.asformat(form)
+    assert_equal(compute_differential(replace(table, values=negative)), compute_differential(table))
 
 
 def test_order_of_cells_and_genes_does_not_matter():
