@@ -97,6 +97,19 @@ class _Cells:
         return np.lexsort((self.rows, labels.batch.codes, labels.pert.codes, labels.context.codes))
 
 
+def read_perturbations(spec: PreprocessSpec) -> tuple[str, ...]:
+    """Return the perturbations of the cells that a store would keep, sorted, control included.
+
+    Reads only ``obs``, so what depends on the names can be checked before the work begins.
+
+    Raises
+    ------
+    StoreError
+        If the input, a column, the control or the kept cells are not there.
+    """
+    return _read_cells(spec, inspect_h5ad(spec.input)).labels.pert.names
+
+
 def preprocess(spec: PreprocessSpec, run_tasks: TaskRunner = run_in_process) -> Store:
     """Make a store, continue an interrupted one, or return the finished one.
 

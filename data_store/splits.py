@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -61,6 +61,14 @@ class Splits:
             if assigned == split
         }
         return tuple(sorted(names))
+
+    def without(self, names: Collection[str]) -> Splits:
+        """Return the splits with some perturbations left out of all of them."""
+        kept = {
+            context: {pert: split for pert, split in perts.items() if pert not in names}
+            for context, perts in self.assignment.items()
+        }
+        return replace(self, assignment=kept)
 
     def describe(self, store: LabelledCells) -> str:
         """Return a table with the perturbations and cells of each split."""

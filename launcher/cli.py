@@ -118,7 +118,8 @@ def preprocess(
 
     Example: statewide preprocess atlas.h5ad --out stores/atlas --batch-col batch
     """
-    from launcher.preprocess_job import preprocess_input
+    from data_store.preprocess import preprocess as make_store
+    from launcher.preprocess_job import build_spec
     from state.config import DataConfig
 
     data = DataConfig(
@@ -131,7 +132,7 @@ def preprocess(
         n_top_genes=n_hvg,
     )
     with _open_cluster(address, local=local) as (cluster, _):
-        store = preprocess_input(data, out.absolute(), cluster.run_tasks)
+        store = make_store(build_spec(data, out.absolute()), cluster.run_tasks)
     typer.echo(
         f"{store.path}: {store.num_cells} cells, {len(store.genes)} genes, "
         f"{len(store.hvg_index)} highly variable"
@@ -222,6 +223,7 @@ def simulate(
 
     Example: statewide simulate --out atlas.h5ad --cells 20000 --perturbations 100
     """
+    from data_store.schema import run_in_process
     from launcher.preprocess_job import simulate as write_atlas
     from state.config import SimulateConfig
 
@@ -233,7 +235,7 @@ def simulate(
         seed=seed,
     )
     features = out.with_name(f"{out.stem}_pert_features.pt")
-    write_atlas(config, out.absolute(), features.absolute())
+    write_atlas(config, out.absolute(), features.absolute(), run_in_process)
     typer.echo(f"{out}\n{features}")
 
 

@@ -39,4 +39,4 @@ def build_objective(config: RunConfig, store: Store, splits: Splits) -> SetObjec
     _, control_rows = split_rows(store, splits, "train")
     mean_G = compute_mean(store, control_rows, space)
     model.initialize_output(torch.from_numpy(mean_G).float())
-    return SetObjective(model, features.values, config.loss, feature_noise=config.features.noise)
+    return SetObjective(model, features.values, config.loss)

@@ -15,7 +15,7 @@ from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
 from launcher.evaluate_job import evaluate_run
 from launcher.predict_job import predict_run
-from launcher.preprocess_job import preprocess_input, simulate, split_store
+from launcher.preprocess_job import preprocess_run, simulate, split_store
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.run_folder import RunFolder
@@ -130,7 +130,7 @@ class Pipeline:
             name="simulate",
             fingerprint=fingerprint("simulate", simulation.model_dump(), atlas, features),
             outputs=[atlas] if features is None else [atlas, features],
-            work=lambda: simulate(simulation, atlas, features),
+            work=lambda: simulate(simulation, atlas, features, self._cluster.run_tasks),
         )
 
     def _preprocess_stage(self) -> Stage | None:
@@ -150,7 +150,7 @@ class Pipeline:
             fingerprint=fingerprint("preprocess", used, identify_file(data.input)),
             outputs=[self.folder.store],
             work=lambda: self._say_store(
-                preprocess_input(data, self.folder.store, self._cluster.run_tasks)
+                preprocess_run(self.config, self.folder.store, self._cluster.run_tasks)
             ),
         )
 

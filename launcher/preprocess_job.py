@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_store.files import write_json_atomically
-from data_store.preprocess import PreprocessSpec, preprocess
+from data_store.preprocess import PreprocessSpec, preprocess, read_perturbations
 from data_store.schema import TaskRunner
 from data_store.simulate import SimulationSpec, simulate_atlas
 from data_store.splits import Splits, make_random_splits, read_splits, write_splits
@@ -15,15 +15,16 @@ from state.config import DataConfig, RunConfig, SimulateConfig
 from state.transition.features import load_perturbation_features
 
 
-def simulate(config: SimulateConfig, out: Path, features_out: Path | None) -> None:
+def simulate(
+    config: SimulateConfig, out: Path, features_out: Path | None, run_tasks: TaskRunner
+) -> None:
     """Write a simulated atlas and the features of its perturbations."""
-    spec = SimulationSpec(**config.model_dump())
-    simulate_atlas(spec, out, features_out)
+    simulate_atlas(SimulationSpec(**config.model_dump()), out, features_out, run_tasks)
 
 
-def preprocess_input(data: DataConfig, out: Path, run_tasks: TaskRunner) -> Store:
-    """Turn ``data.input`` into a store at ``out``."""
-    spec = PreprocessSpec(
+def build_spec(data: DataConfig, out: Path) -> PreprocessSpec:
+    """Say what to make a store from, in the data store's own words."""
+    return PreprocessSpec(
         input=data.input,
         out=out,
         columns=data.columns,
@@ -32,24 +33,36 @@ def preprocess_input(data: DataConfig, out: Path, run_tasks: TaskRunner) -> Stor
         n_top_genes=data.n_top_genes,
         rows_per_block=data.rows_per_block,
     )
+
+
+def preprocess_run(config: RunConfig, out: Path, run_tasks: TaskRunner) -> Store:
+    """Make a run's store, after checking that every perturbation has a feature.
+
+    The check reads only ``obs``: hours of preprocessing are not spent on a run that cannot train.
+    """
+    spec = build_spec(config.data, out)
+    control = config.data.control_pert
+    load_perturbation_features(config.features, read_perturbations(spec), control)
     return preprocess(spec, run_tasks)
 
 
 def split_store(config: RunConfig, store: Store, folder: RunFolder) -> Splits:
-    """Choose the splits, check that every perturbation has a feature, and write both down."""
+    """Choose the splits, leave out what has no feature if so asked, and write both down."""
     features = load_perturbation_features(config.features, store.perturbations, store.control)
     split = config.split
-    if split.file is not None:
-        splits = read_splits(split.file, store)
-    else:
+    shares = {"train": split.train, "val": split.val}
+    if split.file is None:
         splits = make_random_splits(
             store,
-            train=split.train,
-            val=split.val,
+            **shares,
             seed=config.seed,
             controls=split.controls,
             drop=features.dropped,
         )
+    else:
+        splits = read_splits(
+            split.file, store, **shares, seed=config.seed, controls=split.controls
+        ).without(features.dropped)
     write_splits(folder.splits, splits)
     write_json_atomically(
         folder.features,

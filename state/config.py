@@ -135,10 +135,6 @@ class FeatureConfig(_Section):
     standardize: bool = True
     """Scale each feature column to mean 0, variance 1 over the perturbations of the train
     split."""
-    noise: NonNegativeFloat = 0.0
-    """Standard deviation of the Gaussian noise added to the features in training, anew for each
-    set. It keeps a model that has seen few perturbations from learning each by heart (Tikhonov
-    regularisation: Bishop 1995)."""
 
 
 class ModelConfig(_Section):

@@ -41,22 +41,12 @@ class SetObjective(nn.Module):
         the model casts the rows it uses.
     config
         Scale and implementation of the MMD.
-    feature_noise
-        Standard deviation of the noise added to each set's features while training.
     """
 
     features_PD: Tensor
 
-    def __init__(
-        self,
-        model: StateTransition,
-        features_PD: Tensor,
-        config: LossConfig,
-        *,
-        feature_noise: float = 0.0,
-    ) -> None:
+    def __init__(self, model: StateTransition, features_PD: Tensor, config: LossConfig) -> None:
         super().__init__()
-        self.feature_noise = feature_noise
         self.model = model
         self.config = config
         self.register_buffer("features_PD", features_PD.float(), persistent=False)
@@ -100,10 +90,7 @@ class SetObjective(nn.Module):
         self, control_BSG: Tensor, mask_BS: Tensor, pert_B: Tensor, batch_BS: Tensor
     ) -> Tensor:
         """Predict perturbed cells, [B, S, G] in the dtype of the weights; 0 in empty slots."""
-        pert_BD = self.features_PD[pert_B]
-        if self.training and self.feature_noise > 0:
-            pert_BD = pert_BD + self.feature_noise * torch.randn_like(pert_BD)
-        predicted_BSG: Tensor = self.model(control_BSG, pert_BD, batch_BS, mask_BS)
+        predicted_BSG: Tensor = self.model(control_BSG, self.features_PD[pert_B], batch_BS, mask_BS)
         return predicted_BSG
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's signature

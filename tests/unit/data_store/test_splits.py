@@ -307,3 +307,11 @@ def test_a_starter_that_leaves_a_split_empty_is_refused(tmp_path):
     text = '[datasets]\na = "x"\n[zeroshot]\n"a.jurkat" = "test"\n'
     with pytest.raises(StoreError, match="0 training perturbations are too few"):
         read_starter_text(tmp_path, text)
+
+
+def test_names_can_be_left_out_of_a_finished_choice():
+    splits = split_randomly(make_cells())
+    left = splits.without({"G0", "G1"})
+    names = [name for split in SPLIT_NAMES for name in left.perturbations(split)]
+    assert sorted(names) == [f"G{index}" for index in range(2, 10)]
+    assert all(set(left.perturbations(s)) <= set(splits.perturbations(s)) for s in SPLIT_NAMES)

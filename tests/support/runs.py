@@ -1,0 +1,120 @@
+"""Start ``statewide`` as its users do, on a recipe small enough for a test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+TINY_RECIPE = """
+include = ["{configs}/model/st_tiny.toml"]
+name = "tiny"
+output_dir = "{run_dir}"
+
+[simulate]
+num_cells = 3000
+num_genes = 120
+num_perturbations = 40
+num_batches = 2
+feature_dim = 6
+seed = 3
+
+[data]
+input = "{run_dir}/atlas.h5ad"
+batch_col = "batch"
+n_top_genes = 60
+
+[features]
+path = "{run_dir}/atlas_pert_features.pt"
+
+[model]
+hidden_dim = 32
+ffn_dim = 64
+
+[train]
+max_steps = 60
+micro_batch_size = 2
+lr = 3e-3
+warmup_steps = 5
+log_every_steps = 1
+val_every_steps = 10
+checkpoint_every_steps = 10
+deepspeed = "{configs}/deepspeed/zero1.json"
+
+[cluster]
+num_workers = 2
+"""
+
+
+def write_recipe(folder: Path) -> Path:
+    """Write a recipe whose run folder is ``folder/run``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny.toml"
+    path.write_text(TINY_RECIPE.format(configs=REPO_ROOT / "configs", run_dir=folder / "run"))
+    return path
+
+
+def statewide(*arguments: str | Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run(
+        _command(arguments),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env=_environment(),
+    )
+
+
+def statewide_killed_at_step(step: int, run_dir: Path, *arguments: str | Path) -> None:
+    """Start the command line and end it with SIGKILL once training has recorded a step."""
+    log = run_dir.parent / "killed.log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            _command(arguments), stdout=output, stderr=output, env=_environment()
+        ) as process,
+    ):
+        deadline = time.monotonic() + 240
+        while not any(record["step"] >= step for record in read_records(run_dir)):
+            assert process.poll() is None, f"ended before step {step}:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"step {step} was not reached:\n{log.read_text()}"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+
+
+def read_records(run_dir: Path) -> list[dict]:
+    """Read metrics.jsonl as far as it is written."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def losses(run_dir: Path) -> dict[str, list[float]]:
+    """Return training and validation losses in the order of their steps."""
+    records = read_records(run_dir)
+    steps = [record["step"] for record in records]
+    assert steps == sorted(steps), "the record of steps goes back"
+    return {
+        tag: [record[tag] for record in records if tag in record]
+        for tag in ("train/loss", "val/loss")
+    }
+
+
+def _command(arguments: tuple[str | Path, ...]) -> list[str]:
+    return [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
+
+
+def _environment() -> dict[str, str]:
+    without_ray = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return without_ray | {"COLUMNS": "200"}
