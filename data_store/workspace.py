@@ -32,6 +32,7 @@ from data_store.manifest import (
 from data_store.schema import StoreError
 
 LOCK_NAME = "lock"
+KEY_NAME = "key.json"
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +120,20 @@ class Workspace:
                     f"another process is building {out}; wait for it or choose another --out"
                 ) from error
             workspace._begin(json.loads(json.dumps({**key, "format_version": FORMAT_VERSION})))
-            yield workspace
+            try:
+                yield workspace
+            except StoreError:
+                # An input that was refused in the first pass leaves nothing to continue from.
+                if not workspace._has_results():
+                    shutil.rmtree(folder)
+                raise
+
+    def _has_results(self) -> bool:
+        files = (path.name for path in self.folder.rglob("*") if path.is_file())
+        return any(name not in (LOCK_NAME, KEY_NAME) for name in files)
 
     def _begin(self, key: Mapping[str, Any]) -> None:
-        key_path = self.folder / "key.json"
+        key_path = self.folder / KEY_NAME
         is_same = key_path.is_file() and json.loads(key_path.read_bytes()) == key
         if key_path.is_file():
             logger.info(

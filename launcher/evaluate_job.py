@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from data_store.files import write_text_atomically
+from data_store.files import folder_made_whole, write_text_atomically
 from data_store.schema import ObsColumns, TaskRunner
 from data_store.tables import read_cell_table
 from launcher.predict_job import TRUTH
@@ -52,31 +51,30 @@ def evaluate_run(config: RunConfig, folder: RunFolder, run_tasks: TaskRunner) ->
     The truth's differential expression is computed once and shared by all models. The folder
     ``evaluation/`` appears when everything in it is written.
     """
-    partial = folder.evaluation.with_name(f"{folder.evaluation.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tasks = [
-        EvaluateTask(
-            model=path.stem,
-            real=folder.predictions / f"{TRUTH}.h5ad",
-            pred=path,
-            real_de=partial / "real_de.npz",
-            columns=config.data.columns,
-            fdr=config.evaluate.fdr,
-        )
-        for path in sorted(folder.predictions.glob("*.h5ad"))
-        if path.stem != TRUTH
-    ]
-    list(run_tasks(write_real_differential, tasks[:1], what="true effects", unit="tables"))
-    tables = run_tasks(evaluate_prediction, tasks, what="evaluating", unit="models")
-    evaluations = {task.model: Evaluation(table) for task, table in zip(tasks, tables, strict=True)}
-    for model, evaluation in evaluations.items():
-        evaluation.per_perturbation.to_csv(partial / f"{model}_per_perturbation.csv", index=False)
-    leaderboard = build_leaderboard(evaluations, seed=config.seed)
-    write_text_atomically(partial / LEADERBOARD_NAME, leaderboard_to_csv(leaderboard))
-    write_text_atomically(partial / "leaderboard.md", leaderboard_to_markdown(leaderboard))
-    shutil.rmtree(folder.evaluation, ignore_errors=True)
-    partial.rename(folder.evaluation)
+    with folder_made_whole(folder.evaluation) as partial:
+        tasks = [
+            EvaluateTask(
+                model=path.stem,
+                real=folder.predictions / f"{TRUTH}.h5ad",
+                pred=path,
+                real_de=partial / "real_de.npz",
+                columns=config.data.columns,
+                fdr=config.evaluate.fdr,
+            )
+            for path in sorted(folder.predictions.glob("*.h5ad"))
+            if path.stem != TRUTH
+        ]
+        list(run_tasks(write_real_differential, tasks[:1], what="true effects", unit="tables"))
+        tables = run_tasks(evaluate_prediction, tasks, what="evaluating", unit="models")
+        evaluations = {
+            task.model: Evaluation(table) for task, table in zip(tasks, tables, strict=True)
+        }
+        for model, evaluation in evaluations.items():
+            table_path = partial / f"{model}_per_perturbation.csv"
+            evaluation.per_perturbation.to_csv(table_path, index=False)
+        leaderboard = build_leaderboard(evaluations, seed=config.seed)
+        write_text_atomically(partial / LEADERBOARD_NAME, leaderboard_to_csv(leaderboard))
+        write_text_atomically(partial / "leaderboard.md", leaderboard_to_markdown(leaderboard))
 
 
 def write_real_differential(task: EvaluateTask) -> None:

@@ -9,7 +9,6 @@ Shape legend: N cells, G genes.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from data_store.cell_sets import find_groups, pair_controls
-from data_store.files import write_json_atomically
+from data_store.files import folder_made_whole, write_json_atomically
 from data_store.row_reader import RowReader, open_rows
 from data_store.schema import ControlCells, SplitName, TaskRunner
 from data_store.splits import Splits, read_splits, split_rows
@@ -88,32 +87,29 @@ def predict_run(
 
     The folder appears when all are written.
     """
-    partial_dir = folder.predictions.with_name(f"{folder.predictions.name}.partial")
-    shutil.rmtree(partial_dir, ignore_errors=True)
-    partial_dir.mkdir(parents=True)
-    tasks = [
-        PredictTask(
-            model=model,
-            run_dir=folder.path,
-            store=store.path,
-            weights=checkpoint.weights_path,
-            split="test",
-            out=partial_dir / f"{model}.h5ad",
+    with folder_made_whole(folder.predictions) as partial:
+        tasks = [
+            PredictTask(
+                model=model,
+                run_dir=folder.path,
+                store=store.path,
+                weights=checkpoint.weights_path,
+                split="test",
+                out=partial / f"{model}.h5ad",
+            )
+            for model in (TRUTH, STATE, *config.evaluate.baselines)
+        ]
+        timings = list(run_tasks(write_prediction, tasks, what="predicting", unit="models"))
+        seconds = {task.model: spent for task, spent in zip(tasks, timings, strict=True)}
+        write_json_atomically(
+            partial / "provenance.json",
+            {
+                "split": "test",
+                "checkpoint": checkpoint.folder.name,
+                "progress": asdict(checkpoint.progress),
+                "seconds": seconds,
+            },
         )
-        for model in (TRUTH, STATE, *config.evaluate.baselines)
-    ]
-    timings = list(run_tasks(write_prediction, tasks, what="predicting", unit="models"))
-    write_json_atomically(
-        partial_dir / "provenance.json",
-        {
-            "split": "test",
-            "checkpoint": checkpoint.folder.name,
-            "progress": asdict(checkpoint.progress),
-            "seconds": {task.model: seconds for task, seconds in zip(tasks, timings, strict=True)},
-        },
-    )
-    shutil.rmtree(folder.predictions, ignore_errors=True)
-    partial_dir.rename(folder.predictions)
 
 
 def predict_split(

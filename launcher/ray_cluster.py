@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _TASK_RETRIES = 3
+_CONNECT_TIMEOUT_S = 10.0
 
 
 class RayCluster:
@@ -59,13 +61,14 @@ class RayCluster:
         where = self._address or "a local Ray on this machine"
         self._reporter.say(f"Ray: connecting to {where}", "dim")
         try:
+            _knock(self._address)
             ray.init(
                 address=self._address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=True,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise LaunchError(
                 f"no Ray cluster can be used at {where}: {error}\nCheck the address (--address "
                 "or RAY_ADDRESS) and that RAY_AUTH_MODE=token is set if the cluster asks for a "
@@ -177,6 +180,13 @@ class ThisProcess:
 def size_of(item: Any) -> int:
     """Return how much an item counts in the progress: its ``num_cells``, or 1."""
     return int(getattr(item, "num_cells", 1))
+
+
+def _knock(address: str | None) -> None:
+    """Open and close a connection to ``[ray://]host:port``: Ray itself would retry for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
 
 
 def _resources() -> dict[str, float]:

@@ -73,13 +73,22 @@ def train_with_ray(task: TrainTask, config: RunConfig, reporter: Reporter) -> No
             trainer.fit()
         except TrainingFailedError as error:
             if not failure.is_file():
-                raise LaunchError(
-                    f"training failed {config.cluster.max_failures + 1} times: {error}\nThe "
-                    f"workers' logs are in {folder.logs}; the run goes on from its last "
-                    "checkpoint when you run the same command again"
-                ) from error
+                raise _explain(error, folder, config) from error
     if failure.is_file():
         raise UserError(failure.read_text(encoding="utf-8"))
+
+
+def _explain(error: TrainingFailedError, folder: RunFolder, config: RunConfig) -> UserError:
+    """Find the user's mistake among the workers' errors, or say where to look."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, UserError):
+            return UserError(str(cause))
+    return LaunchError(
+        f"training failed {config.cluster.max_failures + 1} times: {error}\nThe workers' logs are "
+        f"in {folder.logs}; the run goes on from its last checkpoint when you run the same "
+        "command again"
+    )
 
 
 def train_here(task: TrainTask, config: RunConfig, reporter: Reporter) -> None:

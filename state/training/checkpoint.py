@@ -9,11 +9,14 @@ can be wrong. Nothing here knows the model.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,21 +125,28 @@ class CheckpointFolder:
         """Write a checkpoint with all ranks, commit it, and prune the older ones (collective)."""
         final = self.folder / f"step_{progress.step:08d}"
         partial = final.with_name(f"{final.name}.partial")
-        with full_disk_is_a_user_error(final):
-            if engine.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            engine.barrier()
-            engine.save(partial)
-            weights = engine.full_state_dict()
-            if engine.rank == 0:
-                torch.save(weights, partial / WEIGHTS_NAME)
-            engine.barrier()
-            records = _hash_files(partial, engine)
-            if engine.rank == 0:
-                self._commit(partial, final, records, progress, engine)
-            engine.barrier()
+        try:
+            with full_disk_is_a_user_error(final), _torch_names_failed_writes():
+                self._write(engine, progress, partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return final
+
+    def _write(self, engine: Engine, progress: Progress, partial: Path, final: Path) -> None:
+        if engine.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        engine.barrier()
+        engine.save(partial)
+        weights = engine.full_state_dict()
+        if engine.rank == 0:
+            torch.save(weights, partial / WEIGHTS_NAME)
+        engine.barrier()
+        records = _hash_files(partial, engine)
+        if engine.rank == 0:
+            self._commit(partial, final, records, progress, engine)
+        engine.barrier()
 
     def _commit(
         self,
@@ -242,6 +252,17 @@ def _read_checkpoint(folder: Path) -> Checkpoint | None:
         zero_stage=manifest["zero_stage"],
         run_fingerprint=manifest["run_fingerprint"],
     )
+
+
+@contextmanager
+def _torch_names_failed_writes() -> Iterator[None]:
+    """Turn what torch's zip writer says of a write that did not fit into the error it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _hash_files(folder: Path, engine: Engine) -> dict[str, dict[str, Any]]:

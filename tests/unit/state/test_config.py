@@ -99,7 +99,7 @@ def test_paths_become_absolute_and_variables_are_expanded(
     ("overrides", "parts"),
     [
         (["train.lrr=1"], ["unknown key 'train.lrr'", "Did you mean 'train.lr'"]),
-        (["modle.hidden_dim=3"], ["unknown key 'modle'", "Did you mean 'model'"]),
+        (["modal.hidden_dim=3"], ["unknown key 'modle'", "Did you mean 'model'"]),
         (["train.lr=fast"], ["train.lr = 'fast'", "number"]),
         (["train.lr=-1"], ["train.lr = -1", "greater than 0"]),
         (["model.num_heads=5"], ["num_heads = 5 does not divide hidden_dim = 768"]),
@@ -121,7 +121,7 @@ def test_a_wrong_value_gives_one_clear_message(recipe: Path, overrides: list[str
 
 def test_a_missing_recipe_names_the_nearest_file(recipe: Path):
     with pytest.raises(ConfigError, match=r"recipe\.toml"):
-        load_config(recipe.with_name("recpie.toml"))
+        load_config(recipe.with_name("recip.toml"))
 
 
 def test_a_missing_required_key_is_named(tmp_path: Path):
