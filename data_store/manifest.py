@@ -6,6 +6,7 @@ manifest and is written last. A folder without a matching ``COMMIT`` is not a st
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ class Manifest:
     """The count every cell was scaled to before log1p."""
     files: dict[str, FileRecord]
     """Every file of the store except the manifest and the marker, by relative path."""
+
+    def digest(self) -> str:
+        """Return one SHA-256 over the names and checksums of all files."""
+        lines = (f"{name} {self.files[name].sha256}\n" for name in sorted(self.files))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> FileRecord:

@@ -19,7 +19,6 @@ import zarr
 from anndata.io import read_elem
 from zarr.storage import LocalStore
 
-from data_store.files import sha256_of_file
 from data_store.manifest import (
     COMMIT_NAME,
     MANIFEST_NAME,
@@ -51,7 +50,8 @@ class Store:
     manifest: Manifest
     """What it was made from, and its files."""
     digest: str
-    """SHA-256 of the manifest: equal for stores of equal content."""
+    """SHA-256 over the checksums of all files: equal for stores of equal content, wherever and
+    from whatever copy of the input they were made."""
     genes: tuple[str, ...]
     """Gene names, length G."""
     hvg_index: npt.NDArray[np.int64]
@@ -95,7 +95,7 @@ class Store:
         return cls(
             path=path,
             manifest=manifest,
-            digest=sha256_of_file(path / MANIFEST_NAME),
+            digest=manifest.digest(),
             genes=tuple(var.index),
             hvg_index=np.flatnonzero(var["highly_variable"].to_numpy()),
             perturbations=labels.pert.names,
