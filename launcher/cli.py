@@ -283,7 +283,7 @@ def _print_plan(config_path: Path, overrides: list[str] | None) -> None:
     from launcher.pipeline import Pipeline, describe_plan
     from launcher.progress import Reporter
     from launcher.ray_cluster import ThisProcess
-    from state.config import dump_config, load_config
+    from state.recipe import dump_config, load_config
 
     config = load_config(config_path, overrides or ())
     read_deepspeed_json(config.train.deepspeed)
@@ -301,7 +301,7 @@ def _run_until(
     overwrite: bool,
 ) -> Pipeline:
     from launcher.pipeline import Pipeline
-    from state.config import load_config
+    from state.recipe import load_config
 
     config = load_config(config_path, overrides or ())
     with _open_cluster(address, local=local) as (cluster, reporter):

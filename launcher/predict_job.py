@@ -28,7 +28,8 @@ from launcher.batches import iterate_prediction_batches
 from launcher.objective import build_features, build_objective
 from launcher.run_folder import RunFolder
 from state.baselines.registry import build_baselines
-from state.config import RunConfig, load_resolved_config
+from state.config import RunConfig
+from state.recipe import load_resolved_config
 from state.training.checkpoint import Checkpoint
 from state.transition.predict import predict_cells
 
@@ -51,6 +52,8 @@ class PredictTask:
     weights: Path
     split: SplitName
     out: Path
+    num_gpus: int = 0
+    """GPUs that Ray gives the task; without, it sees none."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def predict_run(
                 weights=checkpoint.weights_path,
                 split="test",
                 out=partial / f"{model}.h5ad",
+                num_gpus=int(config.cluster.use_gpu and model == STATE),
             )
             for model in (TRUTH, STATE, *config.evaluate.baselines)
         ]

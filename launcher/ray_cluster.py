@@ -129,7 +129,8 @@ class RayCluster:
             pending = iter(items)
             while True:
                 while len(waiting) < limit and (item := next(pending, None)) is not None:
-                    waiting.append((item, remote.remote(task_ref, item)))
+                    gpus = getattr(item, "num_gpus", 0)
+                    waiting.append((item, remote.options(num_gpus=gpus).remote(task_ref, item)))
                 if not waiting:
                     return
                 item, reference = waiting.popleft()

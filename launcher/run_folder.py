@@ -12,7 +12,8 @@ from pathlib import Path
 
 from data_store.files import write_text_atomically
 from launcher.errors import LaunchError
-from state.config import RunConfig, describe_differences, dump_config, load_resolved_config
+from state.config import RunConfig
+from state.recipe import describe_differences, dump_config, load_resolved_config
 
 # Sections that a rerun may change: they decide how, where and against what, not which model.
 _MAY_CHANGE = (

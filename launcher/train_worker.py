@@ -22,7 +22,8 @@ from launcher.batches import build_batch_source
 from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
-from state.config import TrainConfig, load_resolved_config
+from state.config import TrainConfig
+from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.engine import Engine
 from state.training.loop import train

@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from state.config import (
-    ConfigError,
-    RunConfig,
-    describe_differences,
-    dump_config,
-    load_config,
-    load_resolved_config,
-)
+from state.config import ConfigError, RunConfig
+from state.recipe import describe_differences, dump_config, load_config, load_resolved_config
 
 REPO_ROOT = Path(__file__).resolve().parents[3]
 MINIMAL = 'name = "r"\noutput_dir = "out"\n[data]\ninput = "a.h5ad"\n'
@@ -99,7 +93,7 @@ def test_paths_become_absolute_and_variables_are_expanded(
     ("overrides", "parts"),
     [
         (["train.lrr=1"], ["unknown key 'train.lrr'", "Did you mean 'train.lr'"]),
-        (["modal.hidden_dim=3"], ["unknown key 'modle'", "Did you mean 'model'"]),
+        (["mode.hidden_dim=3"], ["unknown key 'mode'", "Did you mean 'model'"]),
         (["train.lr=fast"], ["train.lr = 'fast'", "number"]),
         (["train.lr=-1"], ["train.lr = -1", "greater than 0"]),
         (["model.num_heads=5"], ["num_heads = 5 does not divide hidden_dim = 768"]),

@@ -1,0 +1,214 @@
+"""Read and write recipes: TOML files with includes, environment variables and overrides.
+
+A recipe is one TOML file; ``include = ["model/st_tiny.toml"]`` merges other files (found beside
+the recipe) under it, and ``key.sub=value`` on the command line overrides both. Data paths are
+relative to the working directory and may use ``${ENVIRONMENT_VARIABLES}``. The keys themselves
+are in ``state.config``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from state.config import ConfigError, RunConfig
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, apply ``key.sub=value`` overrides, and return absolute paths throughout.
+
+    Raises
+    ------
+    ConfigError
+        For a missing or malformed file, an unknown key (with the nearest known one), a value of
+        the wrong type or range, or an environment variable that is not set.
+    """
+    tree = _read_with_includes(path, seen=())
+    for override in overrides:
+        _apply_override(tree, override)
+    tree = _expand_variables(tree, str(path))
+    return _absolute_paths(_validate(tree, path), recipe_dir=path.parent.resolve())
+
+
+def load_resolved_config(path: Path) -> RunConfig:
+    """Read the ``config.toml`` of a run folder: resolved, so nothing is merged or expanded."""
+    return _validate(_read_toml(path), path)
+
+
+def dump_config(config: RunConfig) -> str:
+    """Write a config as TOML that ``load_resolved_config`` reads back unchanged."""
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
+def describe_differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
+    """List ``key: theirs -> ours`` for every leaf in which two configs differ."""
+    left, right = _leaves(theirs.model_dump(mode="json")), _leaves(ours.model_dump(mode="json"))
+    keys = sorted(left.keys() | right.keys())
+    return [
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
+        for key in keys
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"recipe {path} does not exist.{hint}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+
+
+def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.absolute()
+    if path in seen:
+        raise ConfigError(f"{path} includes itself: {' -> '.join(str(p) for p in (*seen, path))}")
+    tree = _read_toml(path)
+    includes = tree.pop("include", [])
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise ConfigError(f"{path}: include = {includes!r} must be a list of file names")
+    merged: dict[str, Any] = {}
+    for name in includes:
+        merged = _merge(merged, _read_with_includes(path.parent / name, (*seen, path)))
+    return _merge(merged, tree)
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both_tables else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+    for part in parts[:-1]:
+        below = tree.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a table")
+        tree = below
+    tree[parts[-1]] = _parse_value(text.strip())
+
+
+def _parse_value(text: str) -> Any:
+    """Read the right side of an override as TOML, and as a plain string where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _expand_variables(tree: Any, where: str) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _expand_variables(value, f"{where}: {key}") for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_expand_variables(value, where) for value in tree]
+    if not isinstance(tree, str):
+        return tree
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise ConfigError(
+                f"{where} = {tree!r} uses the environment variable {name}, which is not set. "
+                f"Set it: export {name}=/path/to/data"
+            )
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value_of, tree)
+
+
+def _validate(tree: Mapping[str, Any], path: Path) -> RunConfig:
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(dict(item)) for item in error.errors()]
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        table = ".".join(location[:-1])
+        hint = f"Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
+        listing = f"Keys of {f'[{table}]' if table else 'the recipe'}: {', '.join(known)}."
+        return f"unknown key {key!r}. {hint or listing}"
+    if item["type"] == "missing":
+        return f"key {key!r} is required and absent. Add it to the recipe, or as {key}=... "
+    message = item["msg"].removeprefix("Value error, ")
+    if isinstance(item["input"], Mapping):
+        return f"{key or 'recipe'}: {message}"
+    return f"{key} = {item['input']!r}: {message}"
+
+
+def _known_keys(location: Iterable[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return sorted(section.model_fields)
+
+
+def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
+    """Make every path absolute: Ray's workers run in folders of their own."""
+    data, split, features = config.data, config.split, config.features
+    return config.model_copy(
+        update={
+            "output_dir": _absolute(config.output_dir),
+            "data": data.model_copy(update={"input": _absolute(data.input)}),
+            "split": split.model_copy(update={"file": _absolute_or_none(split.file)}),
+            "features": features.model_copy(update={"path": _absolute_or_none(features.path)}),
+            "train": config.train.model_copy(
+                update={"deepspeed": recipe_dir / config.train.deepspeed}
+            ),
+        }
+    )
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - resolve() would follow links
+
+
+def _absolute_or_none(path: Path | None) -> Path | None:
+    return None if path is None else _absolute(path)
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return tree
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
