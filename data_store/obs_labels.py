@@ -83,6 +83,16 @@ def read_cell_labels(obs: pd.DataFrame, columns: ObsColumns, path: Path) -> Cell
     StoreError
         If a column is missing or has gaps, or the control label or perturbed cells are absent.
     """
+    return CellLabels(
+        pert=_read_perturbations(obs, columns, path),
+        context=_labels_or_one(obs, columns.cell_type_key, "data.cell_type_key", path),
+        batch=_labels_or_one(obs, columns.batch_col, "data.batch_col", path),
+    )
+
+
+def _read_perturbations(obs: pd.DataFrame, columns: ObsColumns, path: Path) -> Labels:
+    if columns.pert_col is None:
+        return Labels((columns.control_pert,), np.zeros(len(obs), dtype=np.int64))
     pert = read_labels(obs, columns.pert_col, "data.pert_col", path)
     if columns.control_pert not in pert.names:
         raise StoreError(
@@ -95,11 +105,7 @@ def read_cell_labels(obs: pd.DataFrame, columns: ObsColumns, path: Path) -> Cell
             f"all cells of {path} are controls ({columns.control_pert!r} in obs column "
             f"{columns.pert_col!r}); there is no perturbation to learn from"
         )
-    return CellLabels(
-        pert=pert,
-        context=_labels_or_one(obs, columns.cell_type_key, "data.cell_type_key", path),
-        batch=_labels_or_one(obs, columns.batch_col, "data.batch_col", path),
-    )
+    return pert
 
 
 def _labels_or_one(obs: pd.DataFrame, column: str | None, key: str, path: Path) -> Labels:

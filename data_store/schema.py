@@ -39,8 +39,8 @@ class StoreError(UserError):
 class ObsColumns:
     """Names of the ``obs`` columns that describe a cell, under the reference's keys."""
 
-    pert_col: str = "target_gene"
-    """Column with the perturbed gene of each cell."""
+    pert_col: str | None = "target_gene"
+    """Column with the perturbed gene of each cell; None: no cell is perturbed, all are controls."""
     control_pert: str = "non-targeting"
     """Label in ``pert_col`` that marks control cells."""
     cell_type_key: str | None = None

@@ -171,7 +171,7 @@ def _write_annotations(
     # Code 0 is the control; categories need not be sorted.
     pert_names = [_COLUMNS.control_pert, *(genes[target] for target in model.target_P)]
     columns = {
-        _COLUMNS.pert_col: pd.Categorical.from_codes(plan.pert_N - CONTROL, pert_names),
+        str(_COLUMNS.pert_col): pd.Categorical.from_codes(plan.pert_N - CONTROL, pert_names),
         _COLUMNS.batch_col: _number(plan.batch_N, "batch", spec.num_batches),
         _COLUMNS.cell_type_key: _number(plan.context_N, "line", spec.num_contexts),
     }

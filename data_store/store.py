@@ -89,7 +89,10 @@ class Store:
         obs_group = _open_group(path, "obs")
         label_columns = (columns.pert_col, columns.cell_type_key, columns.batch_col)
         wanted = {name for name in label_columns if name is not None}
-        obs = pd.DataFrame({name: read_elem(obs_group[name]) for name in sorted(wanted)})
+        obs = pd.DataFrame(
+            {name: read_elem(obs_group[name]) for name in sorted(wanted)},
+            index=range(manifest.counts["cells"]),
+        )
         labels = read_cell_labels(obs, columns, path)
         var = read_elem(_open_group(path, "var"))
         return cls(

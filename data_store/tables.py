@@ -59,6 +59,8 @@ def read_cell_table(
         If the file cannot be read, lacks the column, the control or a gene, or does not hold
         log1p values.
     """
+    if columns.pert_col is None:
+        raise StoreError(f"{path}: the obs column with the perturbations (pert_col) must be named")
     matrix, obs, names = _read_elements(path)
     labels = read_labels(obs, columns.pert_col, "pert_col", path)
     if columns.control_pert not in labels.names:

@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -111,6 +112,10 @@ def preprocess(
     library_size_col: Annotated[
         str | None, typer.Option(help="obs column with total counts; default: row sums.")
     ] = None,
+    no_perturbations: Annotated[
+        bool,
+        typer.Option("--no-perturbations", help="No cell is perturbed: no such column is read."),
+    ] = False,
     address: AddressOpt = None,
     local: LocalOpt = False,
 ) -> None:
@@ -131,8 +136,11 @@ def preprocess(
         library_size_col=library_size_col,
         n_top_genes=n_hvg,
     )
+    spec = build_spec(data, out.absolute())
+    if no_perturbations:
+        spec = replace(spec, columns=replace(spec.columns, pert_col=None))
     with _open_cluster(address, local=local) as (cluster, _):
-        store = make_store(build_spec(data, out.absolute()), cluster.run_tasks)
+        store = make_store(spec, cluster.run_tasks)
     typer.echo(
         f"{store.path}: {store.num_cells} cells, {len(store.genes)} genes, "
         f"{len(store.hvg_index)} highly variable"

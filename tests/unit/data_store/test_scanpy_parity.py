@@ -37,7 +37,7 @@ def assert_same_as_scanpy(source, out, columns, n_top_genes):
 
 def test_pbmc3k(tmp_path):
     source = data_path("pbmc3k/pbmc3k_raw.h5ad")
-    columns = ObsColumns(pert_col="cell_type", control_pert="B")
+    columns = ObsColumns(pert_col=None, cell_type_key="cell_type")
     assert_same_as_scanpy(source, tmp_path / "store", columns, 2000)
 
 
