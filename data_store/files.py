@@ -37,6 +37,7 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
                 handle.flush()
                 os.fsync(handle.fileno())
             temporary.replace(path)
+            _sync_entry(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -61,13 +62,28 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file under a folder, and the folder itself, to disk."""
-    for path in (*sorted(p for p in folder.rglob("*") if p.is_file()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Flush a folder and everything under it to disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_entry(path)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in the place of an older one, which stays until it is there."""
+    outdated = final.with_name(f".{final.name}.outdated")
+    if final.exists():
+        shutil.rmtree(outdated, ignore_errors=True)
+        final.rename(outdated)
+    partial.rename(final)
+    _sync_entry(final.parent)
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -86,8 +102,7 @@ def folder_made_whole(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    replace_folder(partial, final)
 
 
 @contextmanager

@@ -80,16 +80,18 @@ def iterate_prediction_batches(
     paired_rows: Rows,
     *,
     cell_set_len: int,
+    seed: int,
 ) -> Iterator[tuple[Rows, CellBatch]]:
     """Yield one cell set at a time with the positions in ``target_rows`` that it predicts.
 
-    Sets are cut as evenly as in training, so that the model meets sets of the sizes it knows.
-    The truth is not read: ``target_BSG`` is empty.
+    Sets are shuffled and cut as evenly as in training, so that the model meets sets of the sizes
+    and the mixture of batches it knows. The truth is not read: ``target_BSG`` is empty.
     """
     place_of = {int(row): place for place, row in enumerate(target_rows)}
     for group in find_groups(store, target_rows):
         num_sets = -(-len(group.rows) // cell_set_len)
-        for rows in np.array_split(group.rows, num_sets):
+        shuffled = np.random.default_rng([seed, group.context, group.pert]).permutation(group.rows)
+        for rows in np.array_split(shuffled, num_sets):
             places = np.array([place_of[int(row)] for row in rows], dtype=np.int64)
             control_SG = np.empty((len(rows), reader.num_genes), dtype=np.float32)
             reader.take(paired_rows[places], control_SG)

@@ -271,6 +271,11 @@ def main() -> NoReturn:
     except UserError as error:
         _complain(f"error: {error}")
         sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _complain(f"error: {error.filename}: {error.strerror}. Check the path and its permissions")
+        sys.exit(EXIT_USER_ERROR)
     except Interrupted:
         _complain("interrupted. Run the same command again to go on where it stopped")
         sys.exit(EXIT_INTERRUPTED)

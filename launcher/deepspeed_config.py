@@ -78,7 +78,18 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 def complete_deepspeed_config(
     base: dict[str, Any], settings: TrainConfig, *, world_size: int, use_bf16: bool
 ) -> dict[str, Any]:
-    """Fill in the numbers that must agree between the recipe, the data and DeepSpeed."""
+    """Fill in the numbers that must agree between the recipe, the data and DeepSpeed.
+
+    Raises
+    ------
+    LaunchError
+        For bf16 at ZeRO stage 0, where DeepSpeed gives no access to the fp32 weights.
+    """
+    if use_bf16 and base["zero_optimization"]["stage"] == 0:
+        raise LaunchError(
+            "bf16 at ZeRO stage 0 would save weights rounded to bf16. Set train.deepspeed to "
+            "deepspeed/zero1.json (or 2 or 3), or train.precision=fp32"
+        )
     return {
         "steps_per_print": 10**9,
         **base,

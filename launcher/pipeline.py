@@ -5,7 +5,9 @@ Each step is a stage (``launcher.stages``) that is skipped while nothing it depe
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,7 @@ from launcher.stages import Stage, StageRunner, fingerprint, identify_file
 from launcher.train_job import train_here, train_with_ray
 from launcher.train_worker import TrainTask
 from state.config import RunConfig
-from state.training.checkpoint import Checkpoint, CheckpointFolder
+from state.training.checkpoint import Checkpoint, CheckpointFolder, find_damaged_files
 
 StageName = Literal["simulate", "preprocess", "split", "train", "predict", "evaluate"]
 STAGE_NAMES: tuple[StageName, ...] = (
@@ -180,6 +182,7 @@ class Pipeline:
             fingerprint=run_fingerprint,
             outputs=[self.folder.checkpoints, self.folder.metrics, self.folder.path / "tb"],
             work=self._train,
+            is_costly=True,
         )
 
     def _predict_stage(self) -> Stage:
@@ -191,6 +194,7 @@ class Pipeline:
                 self._run_fingerprint,
                 sha256_of_file(self.checkpoint.folder / "manifest.json"),
                 evaluate.model_dump(mode="json", include={"baselines", "ridge_alphas"}),
+                version("statewide"),
             ),
             outputs=[self.folder.predictions],
             work=lambda: predict_run(
@@ -203,7 +207,10 @@ class Pipeline:
         return Stage(
             name="evaluate",
             fingerprint=fingerprint(
-                "evaluate", self.config.evaluate.fdr, [identify_file(path) for path in predicted]
+                "evaluate",
+                self.config.evaluate.fdr,
+                [identify_file(path) for path in predicted],
+                version("statewide"),
             ),
             outputs=[self.folder.evaluation],
             work=lambda: evaluate_run(self.config, self.folder, self._cluster.run_tasks),
@@ -211,6 +218,7 @@ class Pipeline:
 
     def _train(self) -> None:
         config = self.config
+        self._cluster.require(config.cluster)
         alone = isinstance(self._cluster, ThisProcess)
         task = TrainTask(
             run_dir=self.folder.path,
@@ -241,7 +249,7 @@ class Pipeline:
             self.store.digest,
             sha256_of_file(self.folder.splits),
             sha256_of_file(self.folder.features),
-            sha256_of_file(self.folder.deepspeed),
+            json.loads(self.folder.deepspeed.read_text(encoding="utf-8"))["zero_optimization"],
             config.features.model_dump(mode="json"),
             config.data.control_matching,
             config.model.model_dump(mode="json"),
@@ -260,6 +268,12 @@ class Pipeline:
             raise LaunchError(
                 f"{self.folder.checkpoints} holds no complete checkpoint. Train first: "
                 "statewide train CONFIG"
+            )
+        damaged = find_damaged_files(checkpoint.folder)
+        if damaged:
+            raise LaunchError(
+                f"checkpoint {checkpoint.folder} is damaged ({', '.join(damaged)}). Remove that "
+                "folder, and statewide train goes on from the one before it"
             )
         return checkpoint
 

@@ -52,8 +52,10 @@ class PredictTask:
     weights: Path
     split: SplitName
     out: Path
+    num_cpus: int = 1
+    """CPUs, and torch threads, of the task."""
     num_gpus: int = 0
-    """GPUs that Ray gives the task; without, it sees none."""
+    """GPUs that Ray reserves for the task."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def predict_run(
                 weights=checkpoint.weights_path,
                 split="test",
                 out=partial / f"{model}.h5ad",
+                num_cpus=config.cluster.cpus_per_worker if model == STATE else 1,
                 num_gpus=int(config.cluster.use_gpu and model == STATE),
             )
             for model in (TRUTH, STATE, *config.evaluate.baselines)
@@ -130,7 +133,7 @@ def write_prediction(task: PredictTask) -> float:
     started_s = time.perf_counter()
     folder = RunFolder(task.run_dir)
     config = load_resolved_config(folder.config)
-    torch.set_num_threads(config.cluster.cpus_per_worker)
+    torch.set_num_threads(task.num_cpus)
     store = Store.open(task.store)
     context = PredictContext(
         config=config,
@@ -180,6 +183,7 @@ def predict_with_state(context: PredictContext, weights: Path, out_NG: FloatMatr
         held_out.target_rows,
         held_out.paired_rows,
         cell_set_len=config.model.cell_set_len,
+        seed=config.seed,
     )
     for places, batch in batches:
         (out_NG[places],) = predict_cells(objective, [batch])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from data_store.files import write_json_atomically
@@ -69,6 +70,8 @@ def split_store(config: RunConfig, store: Store, folder: RunFolder) -> Splits:
         {
             "source": str(config.features.path or "one-hot"),
             "width": features.values.shape[1],
+            # The vectors themselves, so that a file with other content is another input.
+            "sha256": hashlib.sha256(features.values.numpy().tobytes()).hexdigest(),
             "missing_policy": config.features.missing,
             "missing": list(features.missing),
             "dropped": list(features.dropped),

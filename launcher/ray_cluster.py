@@ -10,7 +10,7 @@ import math
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -92,12 +92,9 @@ class RayCluster:
             for ever.
         """
         self.connect()
-        have = _resources()
-        cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-        fits = min(
-            math.floor(cpus / wanted.cpus_per_worker),
-            math.floor(gpus) if wanted.use_gpu else wanted.num_workers,
-        )
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+        fits = sum(_workers_that_fit(node, wanted) for node in nodes)
         if fits >= wanted.num_workers:
             return
         gpu_each = " and 1 GPU" if wanted.use_gpu else ""
@@ -109,7 +106,8 @@ class RayCluster:
         raise LaunchError(
             f"cluster.num_workers = {wanted.num_workers} workers with {wanted.cpus_per_worker} "
             f"CPU{gpu_each} each were asked for, but the cluster has {cpus:g} CPUs and "
-            f"{gpus:g} GPUs, enough for {fits}. Use one of: {'; '.join(ways)}"
+            f"{gpus:g} GPUs on {len(nodes)} nodes, enough for {fits}. Use one of: "
+            f"{'; '.join(ways)}"
         )
 
     def run_tasks(
@@ -121,27 +119,27 @@ class RayCluster:
         neither floods the scheduler nor piles up results.
         """
         self.connect()
-        remote = ray.remote(num_cpus=1, max_retries=_TASK_RETRIES)(_call)
+        remote = ray.remote(max_retries=_TASK_RETRIES)(_call)
         task_ref = ray.put(task)
         limit = 2 * max(1, int(_resources().get("CPU", 1)))
         with self._reporter.track(what, sum(map(size_of, items)), unit) as tracker:
             waiting: deque[tuple[Item, Any]] = deque()
             pending = iter(items)
-            while True:
-                while len(waiting) < limit and (item := next(pending, None)) is not None:
-                    gpus = getattr(item, "num_gpus", 0)
-                    waiting.append((item, remote.options(num_gpus=gpus).remote(task_ref, item)))
-                if not waiting:
-                    return
-                item, reference = waiting.popleft()
-                try:
+            try:
+                while True:
+                    while len(waiting) < limit and (item := next(pending, None)) is not None:
+                        needs = remote.options(**_needs_of(item))
+                        waiting.append((item, needs.remote(task_ref, item)))
+                    if not waiting:
+                        return
+                    item, reference = waiting.popleft()
                     result: Result = _get(reference)
-                except BaseException:
-                    for _, other in waiting:
-                        ray.cancel(other, force=True)
-                    raise
-                tracker.advance(size_of(item))
-                yield result
+                    tracker.advance(size_of(item))
+                    yield result
+            finally:
+                # Empty unless a task failed, or the caller did and asks for no more results.
+                for _, other in waiting:
+                    ray.cancel(other, force=True)
 
 
 class ThisProcess:
@@ -183,6 +181,12 @@ def size_of(item: Any) -> int:
     return int(getattr(item, "num_cells", 1))
 
 
+def _workers_that_fit(node: Mapping[str, float], wanted: ClusterConfig) -> int:
+    """Count the workers that one node can hold: a worker is never spread over nodes."""
+    by_cpu = math.floor(node.get("CPU", 0.0) / wanted.cpus_per_worker)
+    return min(by_cpu, math.floor(node.get("GPU", 0.0))) if wanted.use_gpu else by_cpu
+
+
 def _knock(address: str | None) -> None:
     """Open and close a connection to ``[ray://]host:port``: Ray itself would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
@@ -193,6 +197,11 @@ def _knock(address: str | None) -> None:
 def _resources() -> dict[str, float]:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return resources
+
+
+def _needs_of(item: Any) -> dict[str, int]:
+    """Return the CPUs and GPUs that an item asks for: its ``num_cpus`` and ``num_gpus``."""
+    return {"num_cpus": getattr(item, "num_cpus", 1), "num_gpus": getattr(item, "num_gpus", 0)}
 
 
 def _call(task: Callable[[Any], Any], item: Any) -> Any:

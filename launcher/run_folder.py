@@ -84,6 +84,7 @@ class RunFolder:
             When the folder holds something else than a run, or a run with other settings.
         """
         if overwrite:
+            self._refuse_to_delete_inputs(config)
             self._clear()
         if self.config.is_file():
             self._refuse_other_config(config)
@@ -111,6 +112,17 @@ class RunFolder:
 
     def _foreign_entries(self) -> list[str]:
         return sorted(entry.name for entry in self.path.iterdir() if entry.name != ".lock")
+
+    def _refuse_to_delete_inputs(self, config: RunConfig) -> None:
+        if config.simulate is not None:
+            return
+        inputs = (config.data.input, config.features.path, config.split.file)
+        inside = [path for path in inputs if path is not None and self.path in path.parents]
+        if inside:
+            raise LaunchError(
+                f"--overwrite would delete the input {inside[0]}, which lies in the run folder "
+                f"{self.path}. Move it elsewhere, or choose another output_dir"
+            )
 
     def _clear(self) -> None:
         if not self.config.is_file() and self._foreign_entries():

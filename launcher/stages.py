@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_store.files import write_json_atomically
+from launcher.errors import LaunchError
 from launcher.progress import Reporter, format_seconds
 from launcher.run_folder import RunFolder
 
@@ -33,6 +34,8 @@ class Stage:
     """Files and folders the stage makes; it is finished only while all of them exist."""
     work: Callable[[], None]
     """Makes the outputs; may find those of an interrupted run with the same fingerprint."""
+    is_costly: bool = False
+    """Outputs of another fingerprint are not removed unasked: the run stops instead."""
 
 
 class StageRunner:
@@ -61,6 +64,7 @@ class StageRunner:
             self._reporter.say(f"{stage.name}: finished before, nothing changed: skipped", "dim")
             return
         if self._read(stage.name).get("fingerprint") not in (None, stage.fingerprint):
+            self._refuse_to_remove(stage)
             self._reporter.say(f"{stage.name}: inputs or settings changed: made again")
             for path in stage.outputs:
                 _remove(path)
@@ -71,6 +75,15 @@ class StageRunner:
         seconds = time.monotonic() - started_s
         self._write(stage, {"status": "finished", "seconds": round(seconds, 3)})
         self._reporter.say(f"{stage.name}: done in {format_seconds(seconds)}")
+
+    def _refuse_to_remove(self, stage: Stage) -> None:
+        if stage.is_costly and any(path.exists() for path in stage.outputs):
+            raise LaunchError(
+                f"{stage.name}: the content of an input file (data, features, split or DeepSpeed "
+                f"settings) has changed since this run folder's {stage.name} stage began: "
+                f"{self._folder.path}. Choose another output_dir=..., or start again with "
+                "--overwrite (the results are then deleted)"
+            )
 
     def _path(self, name: str) -> Path:
         return self._folder.stages / f"{name}.json"

@@ -8,9 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -52,7 +50,7 @@ def train_with_ray(task: TrainTask, config: RunConfig, reporter: Reporter) -> No
     shutil.rmtree(ray_folder, ignore_errors=True)
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={key: str(value) for key, value in asdict(task).items()},
+        train_loop_config={"task": task},
         torch_config=TorchConfig(timeout_s=config.cluster.timeout_s),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.num_workers,
@@ -168,16 +166,15 @@ def _describe(records: list[dict[str, float]]) -> str:
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     """Run one worker; a user's mistake is written down, since restarting would not mend it."""
-    task = TrainTask(
-        run_dir=Path(settings["run_dir"]),
-        store=Path(settings["store"]),
-        run_fingerprint=settings["run_fingerprint"],
-        micro_batch_size=int(settings["micro_batch_size"]),
-    )
+    task: TrainTask = settings["task"]
+    failure = RunFolder(task.run_dir).logs / _FAILURE_NAME
+    if failure.is_file():
+        # Written by a rank of the group before this one: end at once, the driver tells it.
+        return
     try:
         progress = run_worker(task, get_device())
     except UserError as error:
-        write_text_atomically(RunFolder(task.run_dir).logs / _FAILURE_NAME, str(error))
+        write_text_atomically(failure, str(error))
         # Peers that did not see the mistake are in a collective call: end it for them now.
         dist.destroy_process_group()
         return

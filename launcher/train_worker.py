@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_store.files import full_disk_is_a_user_error
 from data_store.splits import read_splits
 from data_store.store import Store
 from launcher.batches import build_batch_source
@@ -56,7 +57,8 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
         use_bf16=uses_bf16(settings, device),
     )
 
-    with log_to_file(folder.logs / f"train_rank{rank}.log", rank):
+    log_path = folder.logs / f"train_rank{rank}.log"
+    with full_disk_is_a_user_error(folder.path), log_to_file(log_path, rank):
         store = Store.open(task.store)
         splits = read_splits(folder.splits, store)
         objective = build_objective(config, store, splits).to(device)

@@ -197,7 +197,7 @@ class TrainConfig(_Section):
     """Global gradient norm above which gradients are scaled down."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on GPUs that have it, else fp32."""
-    deepspeed: Path = Path("deepspeed/zero0.json")
+    deepspeed: Path = Path("deepspeed/zero1.json")
     """DeepSpeed settings beside the recipe; batch sizes, clipping and precision are filled in."""
     log_every_steps: PositiveInt = 10
     """Steps between records in TensorBoard and metrics.jsonl."""

@@ -25,6 +25,7 @@ import torch
 
 from data_store.files import (
     full_disk_is_a_user_error,
+    replace_folder,
     sha256_of_file,
     sync_tree,
     write_json_atomically,
@@ -66,6 +67,8 @@ class Checkpoint:
     progress: Progress
     world_size: int
     zero_stage: int
+    sets_per_step: int
+    is_bf16: bool
     run_fingerprint: str
 
     @property
@@ -109,8 +112,9 @@ class CheckpointFolder:
     def restore(self, engine: Engine) -> Progress:
         """Load the newest checkpoint whose files are whole; start afresh if there is none.
 
-        Collective. Raises ``CheckpointError`` for another run's checkpoint, or one that this
-        number of workers cannot read.
+        Collective. Damaged ones are removed, so that no later one counts as older or worse than
+        they are. Raises ``CheckpointError`` for another run's checkpoint, or one that this run's
+        workers cannot go on from.
         """
         chosen = engine.broadcast_object(self._newest_undamaged() if engine.rank == 0 else None)
         if chosen is None:
@@ -166,19 +170,23 @@ class CheckpointFolder:
             },
             "world_size": engine.world_size,
             "zero_stage": engine.zero_stage,
+            "sets_per_step": engine.sets_per_step,
+            "is_bf16": engine.is_bf16,
             "run_fingerprint": self.run_fingerprint,
             "files": records,
         }
         write_json_atomically(partial / "manifest.json", manifest)
         sync_tree(partial)
         write_text_atomically(partial / "COMMIT", sha256_of_file(partial / "manifest.json") + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        replace_folder(partial, final)
         self._prune()
 
     def _prune(self) -> None:
-        """Keep ``last`` and ``best``; remove the rest and what a crash left half-written."""
-        kept = {c.folder for c in (self.last(), self.best()) if c is not None}
+        """Keep the newest two and ``best``; remove the rest and what a crash left half-written.
+
+        Two, because a damaged one must have an older one to fall back on.
+        """
+        kept = {c.folder for c in (*self.complete()[-2:], self.best()) if c is not None}
         for path in self.folder.glob("step_*"):
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -189,10 +197,11 @@ class CheckpointFolder:
             if not damaged:
                 return checkpoint
             logger.warning(
-                "checkpoint %s is damaged (%s): taking the one before it",
+                "checkpoint %s is damaged (%s): removed; taking the one before it",
                 checkpoint.folder,
                 ", ".join(damaged),
             )
+            shutil.rmtree(checkpoint.folder)
         return None
 
     def _refuse_mismatch(self, checkpoint: Checkpoint, engine: Engine) -> None:
@@ -208,6 +217,22 @@ class CheckpointFolder:
                 f"checkpoint {checkpoint.folder} was written with ZeRO stage "
                 f"{checkpoint.zero_stage}, this run uses stage {engine.zero_stage}. Set "
                 "train.deepspeed to the file it was started with"
+            )
+        if checkpoint.is_bf16 != engine.is_bf16:
+            used, wanted = (
+                "bf16" if is_bf16 else "fp32" for is_bf16 in (checkpoint.is_bf16, engine.is_bf16)
+            )
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was written by a run in {used}, this one computes "
+                f"in {wanted}. Go on where it was begun (cluster.use_gpu), or choose another "
+                "output_dir"
+            )
+        if checkpoint.sets_per_step != engine.sets_per_step:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was trained with {checkpoint.sets_per_step} cell "
+                f"sets a step on {checkpoint.world_size} workers; {engine.world_size} workers "
+                f"would take {engine.sets_per_step} and train another model. Set "
+                f"cluster.num_workers={checkpoint.world_size}, or choose another output_dir"
             )
         if checkpoint.world_size != engine.world_size and engine.zero_stage > 0:
             raise CheckpointError(
@@ -250,6 +275,8 @@ def _read_checkpoint(folder: Path) -> Checkpoint | None:
         progress=Progress(progress["step"], progress["sets_consumed"], val_loss),
         world_size=manifest["world_size"],
         zero_stage=manifest["zero_stage"],
+        sets_per_step=manifest["sets_per_step"],
+        is_bf16=manifest["is_bf16"],
         run_fingerprint=manifest["run_fingerprint"],
     )
 
@@ -267,7 +294,9 @@ def _torch_names_failed_writes() -> Iterator[None]:
 
 def _hash_files(folder: Path, engine: Engine) -> dict[str, dict[str, Any]]:
     """Hash all files, each rank its share, and return the records of all (collective)."""
-    files: Sequence[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
+    # One listing for all: on network storage two ranks may not see the same files yet.
+    listing = sorted(path for path in folder.rglob("*") if path.is_file())
+    files: Sequence[Path] = engine.broadcast_object(listing)
     mine = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,

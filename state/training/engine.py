@@ -51,6 +51,8 @@ class Engine:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.zero_stage = int(deepspeed_config["zero_optimization"]["stage"])
+        self.sets_per_step = int(deepspeed_config["train_batch_size"])
+        self.is_bf16 = bool(deepspeed_config["bf16"]["enabled"])
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(objective, settings, device),

@@ -55,7 +55,8 @@ def train(
         When the loss is not finite; the last checkpoint is from before that step.
     """
     progress = checkpoints.restore(engine)
-    best_val_loss = best.progress.val_loss if (best := checkpoints.best()) else math.inf
+    best = engine.broadcast_object(checkpoints.best() if engine.rank == 0 else None)
+    best_val_loss = math.inf if best is None else best.progress.val_loss
     monitor.start(progress.step)
     watch = Stopwatch()
 
@@ -69,22 +70,25 @@ def train(
             is_last = progress.step == settings.max_steps
             if progress.step % settings.log_every_steps == 0 or is_last:
                 mean_loss = mean_over_ranks(engine, loss)
-                refuse_non_finite(mean_loss, progress.step)
+                refuse_non_finite(mean_loss, engine.grad_norm, progress.step)
                 scalars = {"train/loss": mean_loss, "train/lr": lr}
                 scalars["train/grad_norm"] = engine.grad_norm
                 monitor.record(progress.step, scalars | watch.read(engine.world_size))
 
             is_new_best = False
             if progress.step % settings.val_every_steps == 0 or is_last:
-                progress = replace(progress, val_loss=validate(engine, source))
+                with watch.paused():
+                    progress = replace(progress, val_loss=validate(engine, source))
                 monitor.record(progress.step, {"val/loss": progress.val_loss})
                 is_new_best = progress.val_loss < best_val_loss
                 best_val_loss = min(best_val_loss, progress.val_loss)
 
             if progress.step % settings.checkpoint_every_steps == 0 or is_new_best or is_last:
-                refuse_non_finite(mean_over_ranks(engine, loss), progress.step)
+                mean_loss = mean_over_ranks(engine, loss)
+                refuse_non_finite(mean_loss, engine.grad_norm, progress.step)
                 started_s = time.perf_counter()
-                checkpoints.save(engine, progress)
+                with watch.paused():
+                    checkpoints.save(engine, progress)
                 seconds = time.perf_counter() - started_s
                 monitor.record(progress.step, {"time/checkpoint_s": seconds})
     return progress
@@ -154,10 +158,12 @@ def mean_over_ranks(engine: Engine, loss: Tensor) -> float:
     return float(engine.sum_over_ranks(loss.double().reshape(1)).item()) / engine.world_size
 
 
-def refuse_non_finite(loss: float, step: int) -> None:
-    """Stop rather than train on: weights after a NaN are worth nothing."""
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss} at step {step}. The last checkpoint is from before it. Lower "
-            "train.lr or train.grad_clip, or look for extreme values in the input, and run again"
-        )
+def refuse_non_finite(loss: float, grad_norm: float, step: int) -> None:
+    """Stop rather than train on, or save: weights after a NaN are worth nothing."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    raise TrainingError(
+        f"at step {step} the loss is {loss:g} and the gradient norm {grad_norm:g}. Checkpoints are "
+        "only from before it. Look for extreme values in the input, or train with a lower train.lr "
+        "in another output_dir (or in this one with --overwrite)"
+    )

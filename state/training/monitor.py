@@ -10,7 +10,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -55,9 +56,7 @@ class Monitor:
         path = self._run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._writer = SummaryWriter(
-            log_dir=str(self._run_dir / "tb"), purge_step=step + 1 if step else None
-        )
+        self._writer = SummaryWriter(log_dir=str(self._run_dir / "tb"), purge_step=step + 1)
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one record: ``{"step": step, tag: value, ...}`` and a TensorBoard point a tag."""
@@ -105,6 +104,15 @@ class Stopwatch:
     def add_step(self) -> None:
         """Count one optimiser step."""
         self._num_steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block out of the rates: validation and checkpoints are no steps."""
+        stopped_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started_s += time.perf_counter() - stopped_s
 
     def read(self, world_size: int) -> dict[str, float]:
         """Return rates over the window and begin a new one.

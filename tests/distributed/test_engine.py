@@ -81,14 +81,21 @@ def resume(stage: int, micro_batch_size: int, folder: Path, use_bf16: bool):
     return progress, rest
 
 
-def resume_wrongly(stage: int, folder: Path):
-    engine = make_engine(stage, 4)
+def resume_wrongly(folder: Path):
+    """Return what is said to another run, stage, global batch, and number of workers."""
     messages = []
-    for fingerprint in ("another", "fingerprint"):
+    for fingerprint, stage, micro_batch_size in (
+        ("another", 2, 8),
+        ("fingerprint", 1, 8),
+        ("fingerprint", 2, 4),
+        ("fingerprint", 2, 8),
+    ):
+        engine = make_engine(stage, micro_batch_size)
         try:
             CheckpointFolder(folder, fingerprint).restore(engine)
         except CheckpointError as error:
             messages.append(str(error))
+        engine.close()
     return messages
 
 
@@ -110,7 +117,7 @@ def test_two_ranks_equal_one_and_resume_is_exact(stage: int, tmp_path: Path):
         assert rest == two[0][1]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_keeps_fp32_weights_and_resumes_exactly(stage: int, tmp_path: Path):
     two = spawn(train_and_save, 2, stage, 4, tmp_path, True)
     _, rest, weights = two[0]
@@ -121,10 +128,12 @@ def test_bf16_keeps_fp32_weights_and_resumes_exactly(stage: int, tmp_path: Path)
     assert spawn(resume, 2, stage, 4, tmp_path, True)[0][1] == rest
 
 
-def test_a_foreign_checkpoint_and_another_world_size_are_refused(tmp_path: Path):
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(tmp_path: Path):
     spawn(train_and_save, 2, 2, 4, tmp_path, False)
-    ((foreign, resized),) = spawn(resume_wrongly, 1, 2, tmp_path)
+    ((foreign, staged, rebatched, resized),) = spawn(resume_wrongly, 1, tmp_path)
     assert "belongs to other settings or other data" in foreign
+    assert "ZeRO stage 2, this run uses stage 1" in staged
+    assert "trained with 8 cell sets a step" in rebatched
     assert "written by 2 workers" in resized
     assert "cluster.num_workers=2" in resized
 
@@ -140,11 +149,28 @@ def damage_and_resume(stage: int, folder: Path):
         handle.write(b"\x00\xff\x00")
     # A save that was cut off before its commit marker does not count either.
     (folder / "step_00000003.partial").mkdir()
-    return checkpoints.restore(engine).step, [c.progress.step for c in checkpoints.complete()]
+    progress = checkpoints.restore(engine)
+    # What is written next is not thought older or worse than the damaged one was.
+    checkpoints.save(engine, Progress(step=2, sets_consumed=16, val_loss=0.9))
+    return progress.step, [c.progress.step for c in checkpoints.complete()]
 
 
 def test_a_damaged_or_unfinished_checkpoint_is_passed_over(tmp_path: Path):
     assert spawn(damage_and_resume, 1, 0, tmp_path) == [(1, [1, 2])]
+
+
+def save_many(folder: Path):
+    engine = make_engine(0, 4)
+    checkpoints = CheckpointFolder(folder, "fingerprint")
+    for step, val_loss in enumerate([0.9, 0.1, 0.5, 0.4, 0.3], start=1):
+        checkpoints.save(engine, Progress(step=step, sets_consumed=8 * step, val_loss=val_loss))
+    best = checkpoints.best()
+    assert best is not None
+    return best.progress.step, [c.progress.step for c in checkpoints.complete()]
+
+
+def test_the_best_and_the_newest_two_are_kept(tmp_path: Path):
+    assert spawn(save_many, 1, tmp_path) == [(2, [2, 4, 5])]
 
 
 def shm_was_compiled():

@@ -94,6 +94,21 @@ def test_only_what_depends_on_a_changed_setting_is_made_again(recipe: Path):
     assert changed.returncode == 0, changed.stderr
     assert "predict: finished before" in changed.stdout
     assert "evaluate: inputs or settings changed: made again" in changed.stdout
+    back = statewide("run", recipe, "--local")
+    assert back.returncode == 0, back.stderr
+
+
+def test_features_with_other_content_are_refused_and_checkpoints_kept(recipe: Path, run_dir: Path):
+    path = run_dir / "atlas_pert_features.pt"
+    original, checkpoints = path.read_bytes(), sorted((run_dir / "checkpoints").iterdir())
+    vectors = torch.load(path, weights_only=True)
+    torch.save({name: -3 * vector for name, vector in vectors.items()}, path)
+    refused = statewide("run", recipe, "--local")
+    path.write_bytes(original)
+    assert refused.returncode == 2
+    assert "--overwrite" in refused.stderr
+    assert sorted((run_dir / "checkpoints").iterdir()) == checkpoints
+    assert statewide("run", recipe, "--local").returncode == 0
 
 
 def test_another_config_is_refused_and_nothing_is_lost(recipe: Path, run_dir: Path):
@@ -114,6 +129,17 @@ def test_killed_half_way_and_run_again_gives_the_same_losses(
     assert losses(tmp_path / "run") == losses(run_dir)
     log = (tmp_path / "run" / "logs" / "train_rank0.log").read_text()
     assert "resumed from" in log
+
+
+def test_a_damaged_checkpoint_is_named_before_it_is_used(run_dir: Path, tmp_path: Path):
+    weights = max((run_dir / "checkpoints").iterdir()) / "model.pt"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1])
+    refused = statewide("predict", run_dir, "--out", tmp_path / "p.h5ad")
+    weights.write_bytes(original)
+    assert refused.returncode == 2
+    assert "is damaged (model.pt)" in refused.stderr
+    assert not (tmp_path / "p.h5ad").exists()
 
 
 def test_predict_and_evaluate_work_on_their_own(run_dir: Path, tmp_path: Path):

@@ -5,7 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.runs import losses, statewide, statewide_killed_at_step, write_recipe
+from tests.support.runs import (
+    losses,
+    statewide,
+    statewide_killed_at_step,
+    statewide_with_a_worker_killed_at_step,
+    write_recipe,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -37,6 +43,13 @@ def test_killed_half_way_and_run_again_gives_the_same_losses(recipe: Path, tmp_p
     resumed = statewide("run", other)
     assert resumed.returncode == 0, resumed.stderr
     assert losses(tmp_path / "run") == losses(recipe.parent / "run")
+
+
+def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(recipe: Path, tmp_path: Path):
+    other = write_recipe(tmp_path)
+    run_dir = tmp_path / "run"
+    assert statewide_with_a_worker_killed_at_step(33, run_dir, "train", other) == 0
+    assert losses(run_dir) == losses(recipe.parent / "run")
 
 
 def test_more_workers_than_the_cluster_has_are_refused_at_once(tmp_path: Path):

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 REPO_ROOT = Path(__file__).resolve().parents[2]
 TINY_RECIPE = """
 include = ["{configs}/model/st_tiny.toml"]
@@ -84,6 +86,27 @@ def statewide_killed_at_step(step: int, run_dir: Path, *arguments: str | Path) -
             assert time.monotonic() < deadline, f"step {step} was not reached:\n{log.read_text()}"
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
+
+
+def statewide_with_a_worker_killed_at_step(step: int, run_dir: Path, *arguments: str | Path) -> int:
+    """Run the command line, end one of its training workers with SIGKILL, return its exit code."""
+    log = run_dir.parent / "worker_killed.log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            _command(arguments), stdout=output, stderr=output, env=_environment()
+        ) as process,
+    ):
+        deadline = time.monotonic() + 240
+        while not any(record["step"] >= step for record in read_records(run_dir)):
+            assert process.poll() is None, f"ended before step {step}:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"step {step} was not reached:\n{log.read_text()}"
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in family if "RayTrainWorker" in child.name()]
+        assert workers, [child.name() for child in family]
+        workers[0].kill()
+        return process.wait(timeout=240)
 
 
 def read_records(run_dir: Path) -> list[dict]:

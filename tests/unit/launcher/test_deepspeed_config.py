@@ -30,6 +30,13 @@ def test_batch_sizes_agree_and_clipping_is_explicit():
     assert config["bf16"] == {"enabled": True}
 
 
+def test_bf16_at_stage_0_is_refused_because_its_weights_would_be_rounded():
+    with pytest.raises(LaunchError, match="zero1"):
+        complete_deepspeed_config(
+            {"zero_optimization": {"stage": 0}}, TrainConfig(), world_size=1, use_bf16=True
+        )
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [

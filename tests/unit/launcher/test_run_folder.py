@@ -65,6 +65,14 @@ def test_overwrite_clears_a_run_but_nothing_else(folder: RunFolder, config: RunC
     assert (foreign / "thesis.doc").exists()
 
 
+def test_overwrite_does_not_delete_an_input_in_the_folder(folder: RunFolder, config: RunConfig):
+    data = config.data.model_copy(update={"input": folder.path / "a.h5ad"})
+    (folder.path / "a.h5ad").write_text("precious")
+    with pytest.raises(LaunchError, match="Move it elsewhere"):
+        folder.adopt(config.model_copy(update={"data": data}), overwrite=True)
+    assert (folder.path / "a.h5ad").exists()
+
+
 def test_a_folder_without_a_run_is_named(tmp_path: Path):
     with pytest.raises(LaunchError, match="not a run folder"):
         open_run_folder(tmp_path)

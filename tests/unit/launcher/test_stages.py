@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from launcher.errors import LaunchError
 from launcher.progress import Reporter
 from launcher.run_folder import RunFolder
 from launcher.stages import Stage, StageRunner, fingerprint
@@ -71,6 +72,14 @@ def test_an_interrupted_stage_finds_what_it_had_made(tmp_path: Path, runner: Sta
     assert not runner.was_finished("s")
     runner.run(Stage("s", "f1", [out], lambda: out.write_text(out.read_text() + " whole")))
     assert out.read_text() == "half whole"
+
+
+def test_costly_outputs_are_not_removed_unasked(tmp_path: Path, runner: StageRunner):
+    out, calls = tmp_path / "out", []
+    runner.run(Stage("s", "f1", [out], make(out, "a", calls), is_costly=True))
+    with pytest.raises(LaunchError, match="--overwrite"):
+        runner.run(Stage("s", "f2", [out], make(out, "b", calls), is_costly=True))
+    assert out.read_text() == "a"
 
 
 def test_fingerprints_tell_settings_apart():

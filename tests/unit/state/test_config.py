@@ -86,7 +86,7 @@ def test_paths_become_absolute_and_variables_are_expanded(
     config = load_config(recipe, ["data.input=${SOMEWHERE}/a.h5ad"])
     assert config.data.input == Path("/elsewhere/a.h5ad")
     assert config.output_dir == tmp_path / "out"
-    assert config.train.deepspeed == tmp_path / "deepspeed/zero0.json"
+    assert config.train.deepspeed == tmp_path / "deepspeed/zero1.json"
 
 
 @pytest.mark.parametrize(
