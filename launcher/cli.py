@@ -17,8 +17,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 
 from data_store.schema import SPLIT_NAMES, UserError
+from launcher.errors import Interrupted
 
 if TYPE_CHECKING:
     from launcher.pipeline import Pipeline, StageName
@@ -27,10 +29,6 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-
-
-class Interrupted(BaseException):
-    """The user or the scheduler asked this process to stop."""
 
 
 app = typer.Typer(
@@ -270,6 +268,12 @@ def main() -> NoReturn:
         app()
     except UserError as error:
         _complain(f"error: {error}")
+        sys.exit(EXIT_USER_ERROR)
+    except ValidationError as error:
+        wrong = (
+            f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()
+        )
+        _complain(f"error: {'; '.join(wrong)}")
         sys.exit(EXIT_USER_ERROR)
     except OSError as error:
         if error.filename is None:

@@ -5,5 +5,9 @@ from __future__ import annotations
 from data_store.schema import UserError
 
 
+class Interrupted(BaseException):
+    """The user or the scheduler asked this process to stop."""
+
+
 class LaunchError(UserError):
     """A run that cannot be started or continued as asked."""

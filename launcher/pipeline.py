@@ -16,8 +16,8 @@ from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
 from launcher.evaluate_job import evaluate_run
-from launcher.predict_job import predict_run
-from launcher.preprocess_job import preprocess_run, simulate, split_store
+from launcher.predict_job import STATE, TRUTH, predict_run
+from launcher.preprocess_job import preprocess_run, refuse_other_spec, simulate, split_store
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.run_folder import RunFolder
@@ -71,9 +71,9 @@ class Pipeline:
         self._refuse_missing_inputs()
         deepspeed = read_deepspeed_json(self.config.train.deepspeed)
         with self.folder.lock():
+            self._refuse_too_few_resources(until, overwrite=overwrite)
             self.folder.adopt(self.config, overwrite=overwrite)
             write_json_atomically(self.folder.deepspeed, deepspeed)
-            self._refuse_too_few_resources(until)
             for name in STAGE_NAMES[: STAGE_NAMES.index(until) + 1]:
                 stage = self._build(name)
                 if stage is not None:
@@ -101,10 +101,10 @@ class Pipeline:
                 "\n".join(problems) + "\nCorrect the path in the recipe, or give it as KEY=PATH"
             )
 
-    def _refuse_too_few_resources(self, until: StageName) -> None:
+    def _refuse_too_few_resources(self, until: StageName, *, overwrite: bool) -> None:
         """Say before the hours of preprocessing, not after, that training cannot fit."""
         trains = STAGE_NAMES.index(until) >= STAGE_NAMES.index("train")
-        if trains and not self._runner.was_finished("train"):
+        if trains and (overwrite or not self._runner.was_finished("train")):
             self._cluster.require(self.config.cluster)
 
     def _build(self, name: StageName) -> Stage | None:
@@ -138,6 +138,7 @@ class Pipeline:
     def _preprocess_stage(self) -> Stage | None:
         data = self.config.data
         if is_store(data.input):
+            refuse_other_spec(data, self.store)
             self._reporter.say(f"preprocess: {data.input} is a finished store: used as it is")
             return None
         used = data.model_dump(
@@ -183,6 +184,7 @@ class Pipeline:
             outputs=[self.folder.checkpoints, self.folder.metrics, self.folder.path / "tb"],
             work=self._train,
             is_costly=True,
+            is_whole=lambda: bool(self._checkpoints.complete()),
         )
 
     def _predict_stage(self) -> Stage:
@@ -196,7 +198,10 @@ class Pipeline:
                 evaluate.model_dump(mode="json", include={"baselines", "ridge_alphas"}),
                 version("statewide"),
             ),
-            outputs=[self.folder.predictions],
+            outputs=[
+                self.folder.predictions / f"{model}.h5ad"
+                for model in (TRUTH, STATE, *evaluate.baselines)
+            ],
             work=lambda: predict_run(
                 self.config, self.folder, self.store, self.checkpoint, self._cluster.run_tasks
             ),
@@ -212,7 +217,9 @@ class Pipeline:
                 [identify_file(path) for path in predicted],
                 version("statewide"),
             ),
-            outputs=[self.folder.evaluation],
+            outputs=[
+                self.folder.evaluation / name for name in ("leaderboard.csv", "leaderboard.md")
+            ],
             work=lambda: evaluate_run(self.config, self.folder, self._cluster.run_tasks),
         )
 
@@ -259,9 +266,13 @@ class Pipeline:
         )
 
     @property
+    def _checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.folder.checkpoints, self._run_fingerprint)
+
+    @property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that ``evaluate.checkpoint`` asks for."""
-        folder = CheckpointFolder(self.folder.checkpoints, self._run_fingerprint)
+        folder = self._checkpoints
         wanted = self.config.evaluate.checkpoint
         checkpoint = folder.best() if wanted == "best" else folder.last()
         if checkpoint is None:

@@ -11,6 +11,7 @@ from data_store.schema import TaskRunner
 from data_store.simulate import SimulationSpec, simulate_atlas
 from data_store.splits import Splits, make_random_splits, read_splits, write_splits
 from data_store.store import Store
+from launcher.errors import LaunchError
 from launcher.run_folder import RunFolder
 from state.config import DataConfig, RunConfig, SimulateConfig
 from state.transition.features import load_perturbation_features
@@ -45,6 +46,28 @@ def preprocess_run(config: RunConfig, out: Path, run_tasks: TaskRunner) -> Store
     control = config.data.control_pert
     load_perturbation_features(config.features, read_perturbations(spec), control)
     return preprocess(spec, run_tasks)
+
+
+def refuse_other_spec(data: DataConfig, store: Store) -> None:
+    """Refuse a store as ``data.input`` that was made with other settings than the recipe's.
+
+    Raises
+    ------
+    LaunchError
+        Listing what differs: the settings would otherwise be ignored in silence.
+    """
+    made, wanted = store.manifest.spec, build_spec(data, store.path).describe()
+    differences = [
+        f"data.{key}: {made[key]!r} in the store, {value!r} in the recipe"
+        for key, value in wanted.items()
+        if key in made and made[key] != value
+    ]
+    if differences:
+        listing = "\n  ".join(differences)
+        raise LaunchError(
+            f"the store {store.path} was made with other settings:\n  {listing}\n"
+            "Set them as the store has them, or preprocess the h5ad again with yours"
+        )
 
 
 def split_store(config: RunConfig, store: Store, folder: RunFolder) -> Splits:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
@@ -62,12 +65,13 @@ class RayCluster:
         self._reporter.say(f"Ray: connecting to {where}", "dim")
         try:
             _knock(self._address)
-            ray.init(
-                address=self._address or "local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-            )
+            with _own_signal_handlers():
+                ray.init(
+                    address=self._address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=True,
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise LaunchError(
                 f"no Ray cluster can be used at {where}: {error}\nCheck the address (--address "
@@ -187,6 +191,20 @@ def _workers_that_fit(node: Mapping[str, float], wanted: ClusterConfig) -> int:
     return min(by_cpu, math.floor(node.get("GPU", 0.0))) if wanted.use_gpu else by_cpu
 
 
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep this process's answer to SIGINT and SIGTERM: Ray puts its own in their place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _knock(address: str | None) -> None:
     """Open and close a connection to ``[ray://]host:port``: Ray itself would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
@@ -213,6 +231,6 @@ def _get(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, (UserError, OSError)):
             raise error.cause from None
         raise

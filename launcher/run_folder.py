@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_store.files import write_text_atomically
 from launcher.errors import LaunchError
-from state.config import RunConfig
+from state.config import ConfigError, RunConfig
 from state.recipe import describe_differences, dump_config, load_resolved_config
 
 # Sections that a rerun may change: they decide how, where and against what, not which model.
@@ -23,6 +23,16 @@ _MAY_CHANGE = (
     "data.rows_per_block",
     "evaluate.",
     "train.log_every_steps",
+)
+
+
+_LOCK_NAME = ".lock"
+
+# What a run makes in its folder: all that --overwrite may delete.
+_OWN_NAMES = (
+    *("config.toml", "deepspeed.json", "features.json", "metrics.jsonl", "splits.toml"),
+    *("checkpoints", "evaluation", "logs", "predictions", "stages", "store", "tb"),
+    *("evaluation.partial", "predictions.partial", "store.partial"),
 )
 
 
@@ -58,8 +68,9 @@ class RunFolder:
         LaunchError
             When another process holds it; its host and process id are named.
         """
+        self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
-        lock_path = self.path / ".lock"
+        lock_path = self.path / _LOCK_NAME
         with lock_path.open("a+", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,21 +89,20 @@ class RunFolder:
     def adopt(self, config: RunConfig, *, overwrite: bool) -> None:
         """Write ``config.toml``, after checking that the folder belongs to this config.
 
+        Before the first checkpoint any setting may still be corrected: the stages that depend on
+        it are made again.
+
         Raises
         ------
         LaunchError
-            When the folder holds something else than a run, or a run with other settings.
+            When the folder holds something else than a run, or a run trained with other settings.
         """
+        self._refuse_foreign()
         if overwrite:
             self._refuse_to_delete_inputs(config)
-            self._clear()
-        if self.config.is_file():
+            self._clear(config)
+        if self.config.is_file() and any(self.checkpoints.glob("step_*")):
             self._refuse_other_config(config)
-        elif foreign := self._foreign_entries():
-            raise LaunchError(
-                f"output_dir = {self.path} is not a run folder and not empty (it holds "
-                f"{', '.join(foreign[:3])}). Choose another output_dir"
-            )
         write_text_atomically(self.config, dump_config(config))
 
     def _refuse_other_config(self, config: RunConfig) -> None:
@@ -110,32 +120,52 @@ class RunFolder:
                 "results are then deleted)"
             )
 
-    def _foreign_entries(self) -> list[str]:
-        return sorted(entry.name for entry in self.path.iterdir() if entry.name != ".lock")
+    def _refuse_foreign(self) -> None:
+        """Leave a folder alone that is not empty and was not made by a run."""
+        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        if set(names) <= {_LOCK_NAME, ".train_lock"} or self._is_run():
+            return
+        raise LaunchError(
+            f"output_dir = {self.path} is not a run folder and not empty (it holds "
+            f"{', '.join(names[:3])}). Choose another output_dir"
+        )
+
+    def _is_run(self) -> bool:
+        try:
+            load_resolved_config(self.config)
+        except ConfigError:
+            return False
+        return True
 
     def _refuse_to_delete_inputs(self, config: RunConfig) -> None:
         if config.simulate is not None:
             return
         inputs = (config.data.input, config.features.path, config.split.file)
-        inside = [path for path in inputs if path is not None and self.path in path.parents]
+        own = [self.path / name for name in _OWN_NAMES]
+        inside = [
+            path
+            for path in inputs
+            if path is not None and any(name in (path, *path.parents) for name in own)
+        ]
         if inside:
             raise LaunchError(
                 f"--overwrite would delete the input {inside[0]}, which lies in the run folder "
                 f"{self.path}. Move it elsewhere, or choose another output_dir"
             )
 
-    def _clear(self) -> None:
-        if not self.config.is_file() and self._foreign_entries():
-            raise LaunchError(
-                f"output_dir = {self.path} is not a run folder: --overwrite deletes nothing there"
-            )
-        for entry in self.path.iterdir():
-            if entry.name == ".lock":
-                continue
+    def _clear(self, config: RunConfig) -> None:
+        """Delete what a run made here, simulated data included, and nothing else."""
+        made = [self.path / name for name in _OWN_NAMES]
+        if config.simulate is not None:
+            stem = config.data.input.with_suffix("")
+            truth = stem.with_name(f"{stem.name}_truth.npz")
+            simulated = (config.data.input, truth, config.features.path)
+            made += [p for p in simulated if p is not None and self.path in p.parents]
+        for entry in made:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
-                entry.unlink()
+                entry.unlink(missing_ok=True)
 
 
 def open_run_folder(path: Path) -> tuple[RunFolder, RunConfig]:
@@ -151,4 +181,6 @@ def open_run_folder(path: Path) -> tuple[RunFolder, RunConfig]:
         raise LaunchError(
             f"{path} is not a run folder: it has no config.toml. Make one: statewide run CONFIG"
         )
-    return folder, load_resolved_config(folder.config)
+    # The folder may have been moved since.
+    config = load_resolved_config(folder.config)
+    return folder, config.model_copy(update={"output_dir": folder.path})

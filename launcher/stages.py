@@ -34,6 +34,8 @@ class Stage:
     """Files and folders the stage makes; it is finished only while all of them exist."""
     work: Callable[[], None]
     """Makes the outputs; may find those of an interrupted run with the same fingerprint."""
+    is_whole: Callable[[], bool] = lambda: True
+    """Tells more of the outputs than that they exist."""
     is_costly: bool = False
     """Outputs of another fingerprint are not removed unasked: the run stops instead."""
 
@@ -52,6 +54,7 @@ class StageRunner:
             record.get("status") == "finished"
             and record.get("fingerprint") == stage.fingerprint
             and all(path.exists() for path in stage.outputs)
+            and stage.is_whole()
         )
 
     def was_finished(self, name: str) -> bool:

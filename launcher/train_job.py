@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from data_store.files import write_text_atomically
 from data_store.schema import UserError
-from launcher.errors import LaunchError
+from launcher.errors import Interrupted, LaunchError
 from launcher.progress import Reporter
 from launcher.run_folder import RunFolder
 from launcher.train_worker import TrainTask, run_worker
@@ -69,6 +69,9 @@ def train_with_ray(task: TrainTask, config: RunConfig, reporter: Reporter) -> No
     with show_training(folder, config, reporter):
         try:
             trainer.fit()
+        except SystemExit:
+            # Ray Train's own answer to Ctrl-C, after it has stopped the workers.
+            raise Interrupted from None
         except TrainingFailedError as error:
             if not failure.is_file():
                 raise _explain(error, folder, config) from error

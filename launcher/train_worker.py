@@ -6,10 +6,12 @@ run folder, the finished store, and a process group.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from data_store.splits import read_splits
 from data_store.store import Store
 from launcher.batches import build_batch_source
 from launcher.deepspeed_config import complete_deepspeed_config
+from launcher.errors import LaunchError
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
 from state.config import TrainConfig
@@ -58,7 +61,11 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
     )
 
     log_path = folder.logs / f"train_rank{rank}.log"
-    with full_disk_is_a_user_error(folder.path), log_to_file(log_path, rank):
+    with (
+        full_disk_is_a_user_error(folder.path),
+        log_to_file(log_path, rank),
+        only_writer(folder, config.cluster.timeout_s) if rank == 0 else nullcontext(),
+    ):
         store = Store.open(task.store)
         splits = read_splits(folder.splits, store)
         objective = build_objective(config, store, splits).to(device)
@@ -75,6 +82,27 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
                 )
         finally:
             engine.close()
+
+
+@contextmanager
+def only_writer(folder: RunFolder, timeout_s: float) -> Iterator[None]:
+    """Wait until the workers of a driver that was killed have let go of the run folder.
+
+    They live on for some seconds; two rank 0s would write the same checkpoints.
+    """
+    with (folder.path / ".train_lock").open("w") as handle:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LaunchError(
+                        f"workers of another run still train in {folder.path}. Stop them first"
+                    ) from None
+                time.sleep(0.2)
+        yield
 
 
 def uses_bf16(settings: TrainConfig, device: torch.device) -> bool:

@@ -6,9 +6,16 @@ Every key does something: ``tests/unit/state/test_config.py`` proves that none i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from data_store.schema import ObsColumns, OutputSpace, UserError
 
@@ -20,10 +27,22 @@ class ConfigError(UserError):
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would bend into a value: true as 1, an empty text as a path."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            raise ValueError("must not be true or false")
+        if value == "":
+            raise ValueError("must not be empty")
+        return value
+
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
@@ -46,7 +65,7 @@ class SimulateConfig(_Section):
     """Width of the perturbation features that the effects depend on."""
     effect_size: NonNegativeFloat = 1.0
     """Scale of the log fold changes; 0 gives perturbations without effect."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the simulation, apart from the run's own."""
 
 
@@ -235,7 +254,10 @@ class EvaluateConfig(_Section):
     """Rows of the leaderboard beside ``state``. ``cell_mean`` is needed for Overall."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to predict with: lowest validation loss, or the newest."""
-    ridge_alphas: tuple[PositiveFloat, ...] = (0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
+    ridge_alphas: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        *(0.1, 1.0, 10.0),
+        *(100.0, 1000.0, 10_000.0),
+    )
     """Penalties tried for ridge regression; cross-validation on train + val chooses."""
     fdr: Fraction = 0.05
     """A gene is significant below this false discovery rate."""
@@ -254,7 +276,7 @@ class RunConfig(_Section):
     """Name of the run, in logs and plots: letters, digits, ``_ . -``."""
     output_dir: Path
     """The run folder; made if absent. The same command resumes in it."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of the split, the order of the data, the weights and the predictions."""
     simulate: SimulateConfig | None = None
     data: DataConfig

@@ -101,6 +101,8 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
+    if parts[0] == "include":
+        raise ConfigError(f"override {override!r}: include is read from the recipe file alone")
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form key.sub=value")
     for part in parts[:-1]:
@@ -121,7 +123,10 @@ def _parse_value(text: str) -> Any:
 
 def _expand_variables(tree: Any, where: str) -> Any:
     if isinstance(tree, Mapping):
-        return {key: _expand_variables(value, f"{where}: {key}") for key, value in tree.items()}
+        return {
+            key: _expand_variables(value, f"{where}.{key}" if ": " in where else f"{where}: {key}")
+            for key, value in tree.items()
+        }
     if isinstance(tree, list):
         return [_expand_variables(value, where) for value in tree]
     if not isinstance(tree, str):
@@ -159,10 +164,20 @@ def _explain(item: Mapping[str, Any]) -> str:
         return f"unknown key {key!r}. {hint or listing}"
     if item["type"] == "missing":
         return f"key {key!r} is required and absent. Add it to the recipe, or as {key}=... "
-    message = item["msg"].removeprefix("Value error, ")
+    message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
     if isinstance(item["input"], Mapping):
         return f"{key or 'recipe'}: {message}"
     return f"{key} = {item['input']!r}: {message}"
+
+
+_PLAIN_WORDS = {
+    "model_type": "must be a table",
+    "tuple_type": "must be a list, such as ['a', 'b']",
+    "list_type": "must be a list, such as ['a', 'b']",
+    "dict_type": "must be a table",
+    "path_type": "must be a path in quotes",
+    "string_pattern_mismatch": "must begin with a letter or digit and hold only these, _ . and -",
+}
 
 
 def _known_keys(location: Iterable[str]) -> list[str]:
@@ -191,7 +206,11 @@ def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - resolve() would follow links
+    try:
+        expanded = path.expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no such user. Write the path out") from None
+    return Path(os.path.abspath(expanded))  # noqa: PTH100 - resolve() would follow links
 
 
 def _absolute_or_none(path: Path | None) -> Path | None:

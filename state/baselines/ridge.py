@@ -71,7 +71,8 @@ class RidgeBaseline:
         assert self._model is not None, "fit comes before predict"
         assert self._components_KD is not None
         scaled_1D = self._scaler.transform(feature_D[None].astype(np.float64))
-        return np.asarray(self._model.predict(scaled_1D @ self._components_KD.T)[0])
+        change_1G = self._model.predict(scaled_1D @ self._components_KD.T)
+        return np.asarray(change_1G).reshape(-1)  # sklearn drops the axis of a single gene
 
     def predict(
         self,
