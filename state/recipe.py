@@ -19,6 +19,7 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from data_store.schema import InputPath
 from state.config import ConfigError, RunConfig
 
 
@@ -180,7 +181,7 @@ def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     return config.model_copy(
         update={
             "output_dir": _absolute(config.output_dir),
-            "data": data.model_copy(update={"input": _absolute(data.input)}),
+            "data": data.model_copy(update={"input": _absolute_or_url(data.input)}),
             "split": split.model_copy(update={"file": _absolute_or_none(split.file)}),
             "features": features.model_copy(update={"path": _absolute_or_none(features.path)}),
             "train": config.train.model_copy(
@@ -192,6 +193,10 @@ def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
 
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - resolve() would follow links
+
+
+def _absolute_or_url(location: InputPath) -> InputPath:
+    return location if isinstance(location, str) else _absolute(location)
 
 
 def _absolute_or_none(path: Path | None) -> Path | None:
