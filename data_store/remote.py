@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 import fsspec
-from aiohttp import ClientError
+from aiohttp import ClientConnectionError, ClientError
 from fsspec.core import url_to_fs
 
 from data_store.schema import StoreError
@@ -30,16 +30,29 @@ def remote_is_a_user_error(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        # fsspec says so of a server that does not answer, too.
+        if isinstance(error.__cause__, ClientConnectionError):
+            raise StoreError(_unreadable(url, error.__cause__)) from error
         raise StoreError(f"{url} is not there (data.input)") from error
     except ImportError as error:
         raise StoreError(
             f"{url} needs a Python package that is not installed: {error} (data.input)"
         ) from error
     except (OSError, ClientError, TimeoutError) as error:
-        text = str(error) or type(error).__name__
+        raise StoreError(_unreadable(url, error)) from error
+    except ValueError as error:
+        # How fsspec's HTTP file answers to a seek that its server cannot follow.
+        if isinstance(error, StoreError) or "range requests" not in str(error):
+            raise
         raise StoreError(
-            f"{url} cannot be read: {text}. Check the address and the connection (data.input)"
+            f"the server of {url} sends whole files only (no range requests); download the file "
+            "and give its path (data.input)"
         ) from error
+
+
+def _unreadable(url: str, error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return f"{url} cannot be read: {text}. Check the address and the connection (data.input)"
 
 
 @contextmanager
@@ -60,11 +73,6 @@ def open_remote(url: str) -> Iterator[IO[bytes]]:
             cache_type="blockcache",
             cache_options={"maxblocks": MAX_BLOCKS},
         ) as file:
-            if not file.seekable():
-                raise StoreError(
-                    f"the server of {url} sends whole files only (no range requests); download "
-                    "the file and give its path (data.input)"
-                )
             yield file
 
 

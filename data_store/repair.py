@@ -58,15 +58,20 @@ def repair_store(path: Path, run_tasks: TaskRunner = run_in_process) -> list[str
     out = path.with_name(f"{path.name}.repair")
     key = {"source": manifest.source, "spec": manifest.spec, "damaged": damaged}
     with full_disk_is_a_user_error(path), Workspace.open(out, key) as workspace:
-        try:
-            _make_anew(spec, manifest, source, damaged, workspace, run_tasks)
-            _refuse_other_bytes(path, manifest, damaged, workspace.root)
+        _make_anew(spec, manifest, source, damaged, workspace, run_tasks)
+        differing = _list_differing(manifest, damaged, workspace.root)
+        if not differing:
             sync_tree(workspace.root)
             for name in damaged:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
                 (workspace.root / name).replace(path / name)
-        finally:
-            workspace.discard()
+        workspace.discard()
+    if differing:
+        raise StoreError(
+            f"{path} cannot be repaired: made anew from its input, {some(differing)} is not what "
+            "the manifest recorded. It was written by other versions of the software; remove the "
+            "folder and run 'statewide preprocess' anew"
+        )
     return damaged
 
 
@@ -144,11 +149,5 @@ def _read_plan(path: Path, manifest: Manifest) -> StorePlan:
     return StorePlan(layout, store.indptr, np.asarray(store.source_row), factors, store.hvg_index)
 
 
-def _refuse_other_bytes(path: Path, manifest: Manifest, damaged: Sequence[str], made: Path) -> None:
-    differing = [name for name in damaged if not is_intact(made / name, manifest.files[name])]
-    if differing:
-        raise StoreError(
-            f"{path} cannot be repaired: made anew from its input, {some(differing)} is not what "
-            "the manifest recorded. It was written by other versions of the software; remove the "
-            "folder and run 'statewide preprocess' anew"
-        )
+def _list_differing(manifest: Manifest, names: Sequence[str], made: Path) -> list[str]:
+    return [name for name in names if not is_intact(made / name, manifest.files[name])]
