@@ -48,6 +48,13 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class QuietServer(http.server.ThreadingHTTPServer):
+    """Says nothing of clients that hang up."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
 @pytest.fixture
 def handler():
     return type("Handler", (RangeHandler,), {})
@@ -58,8 +65,8 @@ def served(tmp_path, handler):
     folder = tmp_path / "served"
     folder.mkdir()
     factory = partial(handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), factory) as server:
-        thread = threading.Thread(target=server.serve_forever)
+    with QuietServer(("127.0.0.1", 0), factory) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield folder, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

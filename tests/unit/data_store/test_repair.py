@@ -86,7 +86,10 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "how"), zip(NAMES, 3 * ["flip", "remove", "cut"], strict=True))
+HOW = ["flip", "remove", "cut"] * 3
+
+
+@pytest.mark.parametrize(("name", "how"), list(zip(NAMES, HOW, strict=True)))
 def test_one_damaged_file_is_mended(made, folder, name, how):
     expected = digests(made / "store")
     damage(folder / "store" / name, how)
