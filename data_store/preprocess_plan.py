@@ -212,16 +212,22 @@ def plan_store(
         var=var.assign(**{name: genes[name] for name in gene_columns}),
         target_sum=target_sum,
         hvg_nnz=int(genes["nnz"][hvg_index].sum()),
-        counts={
-            "cells": layout.num_cells,
-            "genes": layout.num_genes,
-            "hvg": layout.num_hvg,
-            "perturbations": len(cells.labels.pert.names) - 1,
-            "nnz": layout.nnz,
-            "cells_without_counts": num_empty,
-            "genes_never_seen": int((genes["nnz"] == 0).sum()),
-        },
+        counts=_count(layout, cells, num_empty, genes["nnz"]),
     )
+
+
+def _count(
+    layout: StoreLayout, cells: Cells, num_empty: int, nnz_G: npt.NDArray[np.int64]
+) -> dict[str, int]:
+    return {
+        "cells": layout.num_cells,
+        "genes": layout.num_genes,
+        "hvg": layout.num_hvg,
+        "perturbations": len(cells.labels.pert.names) - 1,
+        "nnz": layout.nnz,
+        "cells_without_counts": num_empty,
+        "genes_never_seen": int((nnz_G == 0).sum()),
+    }
 
 
 def _report_empty_cells(nnz: npt.NDArray[np.int64]) -> int:
