@@ -1,7 +1,7 @@
-"""Open an h5ad without loading it, check its form, and read rows of raw counts.
+"""Find the counts of an atlas without loading them, check their form, and read rows of them.
 
-First step of the way of the data. Tasks get a ``CountSource`` (a path and a shape) and open the
-file themselves. Tested by ``pytest tests/unit/data_store/test_ingest.py``.
+First step of the way of the data. Tasks get a ``CountSource`` (places and shapes) and open the
+files themselves. Tested by ``pytest tests/unit/data_store/test_ingest.py``.
 """
 
 from __future__ import annotations
@@ -9,145 +9,136 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal, cast
 
 import h5py
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import scipy.sparse as sp
-from anndata.io import read_elem
+import zarr
 
+from data_store.containers import Array, Group, open_anndata
 from data_store.hints import nearest, some
-from data_store.schema import StoreError
+from data_store.schema import InputPath, StoreError
 
 # Two wanted runs of rows closer than this are read as one: skipping a small gap costs a system
-# call (or decodes the same HDF5 chunk twice), reading through it costs a memory copy.
+# call, reading through it costs a memory copy.
 MAX_GAP_ELEMENTS = 1 << 14
 MAX_SPAN_ELEMENTS = 1 << 22
-# HDF5 keeps 1 MiB of decoded chunks by default, and decodes larger chunks again for each read.
-CHUNK_CACHE_BYTES = 64 << 20
+
+Layout = Literal["csr", "csc", "dense"]
 
 
-@dataclass(frozen=True)
-class CountSource:
-    """Raw counts on disk: enough for a task in another process to read them."""
+@dataclass(frozen=True, eq=False)
+class SourceFile:
+    """The count matrix of one file: enough for a task in another process to read it."""
 
-    path: Path
-    """The h5ad."""
+    location: InputPath
+    """Where the bytes are."""
+    name: str
+    """What messages call it: the user's own file, also where the bytes are a copy of ours."""
+    matrix: str
+    """Path of the matrix in the file: ``X`` or ``layers/NAME``."""
     num_cells: int
-    """Rows of ``X``."""
+    """Rows."""
     num_genes: int
-    """Columns of ``X``."""
-    layout: Literal["csr", "dense"]
-    """How ``X`` is stored."""
+    """Columns."""
+    layout: Layout
+    """How the matrix is stored."""
+    nnz: int
+    """Stored values."""
+    gene_map: npt.NDArray[np.int32] | None = None
+    """[columns] gene of the atlas in each column, -1 where it has none; None: the same ones."""
+    first_row: int = 0
+    """Row of the user's file that is the first row here."""
 
 
-@contextmanager
-def open_h5ad(path: Path) -> Iterator[h5py.File]:
-    """Open an h5ad for reading.
+@dataclass(frozen=True, eq=False)
+class CountSource:
+    """Raw counts on disk: the files of an atlas, one below the other."""
+
+    files: tuple[SourceFile, ...]
+    """Their matrices, in order."""
+    genes: tuple[str, ...]
+    """Names of the columns of the atlas."""
+
+    @cached_property
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """[files + 1] first row of each file in the atlas, and the end."""
+        return np.concatenate([[0], np.cumsum([file.num_cells for file in self.files])])
+
+    @property
+    def num_cells(self) -> int:
+        """Rows."""
+        return int(self.bounds[-1])
+
+    @property
+    def num_genes(self) -> int:
+        """Columns."""
+        return len(self.genes)
+
+    def row_in_file(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return where rows of the atlas lie in their own files."""
+        starts: npt.NDArray[np.int64] = self.bounds[:-1]
+        return rows - starts[np.searchsorted(starts, rows, side="right") - 1]
+
+
+def inspect_file(location: InputPath, layer: str | None = None) -> SourceFile:
+    """Find the shape and layout of ``X``, or of a layer.
 
     Raises
     ------
     StoreError
-        If the file is missing, not HDF5, damaged, or has no ``obs``, ``var`` and ``X``.
+        If the matrix is not there, empty, damaged or of another kind than CSR, CSC or dense.
     """
-    if not path.exists():
-        raise StoreError(_missing_file(path))
-    if path.is_dir() or not h5py.is_hdf5(path):
-        raise StoreError(f"{path} is not an h5ad (HDF5) file; give an AnnData .h5ad (data.input)")
-    try:
-        file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be opened: {error}. Is the copy complete?") from error
-    with file:
-        lacking = [key for key in ("X", "obs", "var") if key not in file]
-        if lacking:
-            raise StoreError(
-                f"{path} is HDF5 but not an h5ad: it lacks {', '.join(lacking)}; "
-                "write it with AnnData.write_h5ad"
-            )
-        yield file
-
-
-def _missing_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"{path} is not there: the folder {path.parent} does not exist (data.input)"
-    siblings = sorted(entry.name for entry in path.parent.iterdir())
-    hint = nearest(path.name, siblings)
-    return f"{path} is not there (data.input){hint}"
-
-
-def inspect_h5ad(path: Path) -> CountSource:
-    """Find the shape and layout of ``X``.
-
-    Raises
-    ------
-    StoreError
-        If ``X`` is empty, stored by column (CSC), or not a matrix.
-    """
-    with open_h5ad(path) as file:
-        matrix = file["X"]
-        if isinstance(matrix, h5py.Dataset):
-            layout: Literal["csr", "dense"] = "dense"
-            shape = matrix.shape
+    matrix = "X" if layer is None else f"layers/{layer}"
+    with open_anndata(location) as file:
+        if matrix not in file:
+            raise StoreError(_missing_matrix(file, layer, location))
+        node = file[matrix]
+        if is_array(node):
+            layout, shape = "dense", node.shape
+            nnz = int(np.prod(shape)) if len(shape) == 2 else 0
         else:
-            encoding = matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", ""))
-            if str(encoding).startswith("csc"):
-                raise StoreError(
-                    f"X of {path} is stored by column (CSC); rows are read from it. Convert it "
-                    "once: adata.X = adata.X.tocsr(); adata.write_h5ad('rows.h5ad')"
-                )
-            if not str(encoding).startswith("csr"):
-                raise StoreError(
-                    f"X of {path} is stored as {encoding!r}; it must be a CSR or dense matrix"
-                )
-            layout = "csr"
-            shape = matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+            layout, shape = _sparse_form(node, f"{matrix} of {location}")
+            nnz = int(node["data"].shape[0])
         if shape is None or len(shape) != 2 or min(shape) == 0:
             found = None if shape is None else tuple(int(size) for size in shape)
-            raise StoreError(f"X of {path} is empty or not a matrix (shape {found})")
-        return CountSource(path, int(shape[0]), int(shape[1]), layout)
-
-
-def read_table(source: CountSource, name: Literal["obs", "var"]) -> pd.DataFrame:
-    """Read ``obs`` or ``var`` of the h5ad, index included.
-
-    Raises
-    ------
-    StoreError
-        If the table cannot be read or its length is not that of ``X``.
-    """
-    with open_h5ad(source.path) as file:
-        try:
-            table = read_elem(file[name])
-        except (KeyError, ValueError, TypeError, OSError) as error:
-            raise StoreError(f"{name} of {source.path} cannot be read: {error}") from error
-    size = source.num_cells if name == "obs" else source.num_genes
-    if len(table) != size:
-        raise StoreError(
-            f"{name} of {source.path} has {len(table)} rows, but X has {size}: the file is damaged"
+            raise StoreError(f"{matrix} of {location} is empty or not a matrix (shape {found})")
+        num_cells, num_genes = (int(size) for size in shape)
+        source = SourceFile(
+            location, str(location), matrix, num_cells, num_genes, cast(Layout, layout), nnz
         )
-    return table
+        if layout != "dense":
+            _check_ends(node, source)
+    return source
 
 
-def check_gene_names(var: pd.DataFrame, path: Path) -> tuple[str, ...]:
-    """Return the gene names, the index of ``var``.
+def is_array(node: object) -> bool:
+    """Tell an array of either library from a group."""
+    return isinstance(node, (h5py.Dataset, zarr.Array))
 
-    Raises
-    ------
-    StoreError
-        If a name occurs twice.
-    """
-    repeated = var.index[var.index.duplicated()].unique()
-    if len(repeated):
+
+def _sparse_form(node: Any, where: str) -> tuple[str, Any]:
+    encoding = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    layout = encoding[:3]
+    if layout not in ("csr", "csc"):
         raise StoreError(
-            f"{len(repeated)} gene names of {path} occur more than once: "
-            f"{some(str(name) for name in repeated)}. "
-            "Make them unique: adata.var_names_make_unique()"
+            f"{where} is stored as {encoding!r}; it must be a CSR, CSC or dense matrix"
         )
-    return tuple(str(name) for name in var.index)
+    return layout, node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+
+
+def _missing_matrix(file: Group, layer: str | None, location: InputPath) -> str:
+    layers = sorted(file["layers"]) if "layers" in file else []
+    if layer is None:
+        advice = f"; give one of its layers: {some(layers)} (data.layer, --layer)" if layers else ""
+        return f"{location} has no X{advice}"
+    return (
+        f"{location} has no layer {layer!r} (data.layer){nearest(layer, layers)} "
+        f"Layers: {some(layers)}"
+    )
 
 
 def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_matrix:
@@ -156,7 +147,7 @@ def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_
     Parameters
     ----------
     source
-        The h5ad.
+        The atlas; files stored by column must have been transposed (``data_store.transpose``).
     rows
         [n] row numbers, in any order.
 
@@ -167,30 +158,75 @@ def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_
     Raises
     ------
     StoreError
-        If a value is negative, not whole or not finite, or the matrix is damaged.
+        If a value is negative, not whole or not finite, or a matrix is damaged.
     """
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
-    with open_h5ad(source.path) as file:
-        read = _read_dense_rows if source.layout == "dense" else _read_csr_rows
-        try:
-            counts = read(file, source, ascending)
-        except OSError as error:
-            raise StoreError(f"X of {source.path} cannot be read: {error}") from error
-    _check_raw_counts(counts, ascending, source.path)
-    counts = sp.csr_matrix(counts, dtype=np.float32)
-    if not counts.has_canonical_format:
-        counts.sum_duplicates()
-    counts.eliminate_zeros()
+    ends = np.searchsorted(ascending, source.bounds)
+    parts = [
+        _read_file_rows(file, source.num_genes, ascending[lo:hi] - start)
+        for file, start, lo, hi in zip(
+            source.files, source.bounds[:-1], ends[:-1], ends[1:], strict=True
+        )
+        if hi > lo
+    ]
+    if not parts:
+        return sp.csr_matrix((0, source.num_genes), dtype=np.float32)
+    counts = parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
     if np.array_equal(order, np.arange(order.size)):
         return counts
     return counts[np.argsort(order, kind="stable")]
 
 
-def _check_raw_counts(counts: sp.csr_matrix, rows: npt.NDArray[np.int64], path: Path) -> None:
+@contextmanager
+def open_matrix(source: SourceFile) -> Iterator[Any]:
+    """Open the matrix of a file: an array, or the group of a sparse one.
+
+    Raises
+    ------
+    StoreError
+        If the file cannot be opened, or a read inside the block fails.
+    """
+    with open_anndata(source.location) as file:
+        try:
+            yield file[source.matrix]
+        except (OSError, RuntimeError) as error:
+            raise StoreError(f"{source.matrix} of {source.name} cannot be read: {error}") from error
+
+
+def _read_file_rows(
+    source: SourceFile, num_genes: int, rows: npt.NDArray[np.int64]
+) -> sp.csr_matrix:
+    with open_matrix(source) as node:
+        read = {"dense": _read_dense_rows, "csr": _read_csr_rows}[source.layout]
+        counts = read(node, source, rows)
+    _check_raw_counts(counts, rows, source)
+    counts = sp.csr_matrix(counts, dtype=np.float32)
+    if source.gene_map is not None:
+        counts = _rename_columns(counts, source.gene_map, num_genes)
+    if not counts.has_canonical_format:
+        counts.sum_duplicates()
+    counts.eliminate_zeros()
+    return counts
+
+
+def _rename_columns(
+    counts: sp.csr_matrix, gene_map: npt.NDArray[np.int32], num_genes: int
+) -> sp.csr_matrix:
+    genes = gene_map[counts.indices]
+    # A 0 in column 0 stands for a gene that the atlas does not have, until zeros are dropped.
+    values = np.where(genes < 0, np.float32(0), counts.data)
+    shape = (counts.shape[0], num_genes)
+    return sp.csr_matrix((values, np.maximum(genes, 0), counts.indptr), shape=shape)
+
+
+def _check_raw_counts(
+    counts: sp.csr_matrix, rows: npt.NDArray[np.int64], source: SourceFile
+) -> None:
     values = counts.data
+    where = f"{source.matrix} of {source.name}"
     if values.dtype.kind not in ("b", "i", "u", "f"):
-        raise StoreError(f"X of {path} holds {values.dtype} values; raw counts are numbers")
+        raise StoreError(f"{where} holds {values.dtype} values; raw counts are numbers")
     if values.dtype.kind in ("b", "u"):
         return
     is_bad = values < 0
@@ -200,49 +236,87 @@ def _check_raw_counts(counts: sp.csr_matrix, rows: npt.NDArray[np.int64], path: 
     if not is_bad.any():
         return
     first = int(np.argmax(is_bad))
-    row = int(rows[np.searchsorted(counts.indptr, first, side="right") - 1])
+    row = source.first_row + int(rows[np.searchsorted(counts.indptr, first, side="right") - 1])
+    others = _other_matrices(source)
+    advice = f"choose one of its other matrices (data.layer, --layer): {others}" if others else ""
     raise StoreError(
-        f"X of {path} holds {values[first]:g} (row {row}, gene {int(counts.indices[first])}), "
-        "but raw counts are whole numbers >= 0. Is X already normalised? "
-        "Give the h5ad with raw counts (data.input)"
+        f"{where} holds {values[first]:g} (row {row}, gene {int(counts.indices[first])}), "
+        "but raw counts are whole numbers >= 0. Is it already normalised? "
+        f"Give a file with raw counts (data.input){advice and ', or ' + advice}"
     )
 
 
+def _other_matrices(source: SourceFile) -> str:
+    with open_anndata(source.location) as file:
+        layers = sorted(file["layers"]) if "layers" in file else []
+    return some([name for name in layers if f"layers/{name}" != source.matrix]) if layers else ""
+
+
 def _read_dense_rows(
-    file: h5py.File, source: CountSource, rows: npt.NDArray[np.int64]
+    matrix: Array, source: SourceFile, rows: npt.NDArray[np.int64]
 ) -> sp.csr_matrix:
-    matrix = file["X"]
     bounds = np.arange(source.num_cells + 1) * source.num_genes
     parts = [
-        sp.csr_matrix(matrix[first : last + 1][rows[lo:hi] - first])
-        for lo, hi, first, last in _spans(rows, bounds)
+        sp.csr_matrix(np.asarray(matrix[first : last + 1])[rows[lo:hi] - first])
+        for lo, hi, first, last in _spans(rows, bounds, MAX_GAP_ELEMENTS)
     ]
-    return sp.vstack(parts, format="csr") if parts else sp.csr_matrix((0, source.num_genes))
+    return sp.vstack(parts, format="csr")
 
 
 def _read_csr_rows(
-    file: h5py.File, source: CountSource, rows: npt.NDArray[np.int64]
+    group: dict[str, Array], source: SourceFile, rows: npt.NDArray[np.int64]
 ) -> sp.csr_matrix:
-    group = file["X"]
-    bounds = group["indptr"][:].astype(np.int64)
-    _check_indptr(bounds, source, group)
+    first_row, last_row = int(rows[0]), int(rows[-1])
+    # Only the stretch that is needed: the whole indptr of 100 million cells is 800 MB.
+    bounds = np.asarray(group["indptr"][first_row : last_row + 2]).astype(np.int64)
+    if (np.diff(bounds) < 0).any() or not 0 <= bounds[0] <= bounds[-1] <= source.nnz:
+        raise StoreError(_damaged_indptr(source))
+    local = rows - first_row
     indptr = np.zeros(rows.size + 1, dtype=np.int64)
-    np.cumsum(bounds[rows + 1] - bounds[rows], out=indptr[1:])
+    np.cumsum(bounds[local + 1] - bounds[local], out=indptr[1:])
     data = np.empty(indptr[-1], dtype=group["data"].dtype)
     indices = np.empty(indptr[-1], dtype=np.int32)
-    for lo, hi, first, last in _spans(rows, bounds):
-        span = slice(bounds[first], bounds[last + 1])
+    for lo, hi, first, last in _spans(local, bounds, _widest_gap(group["data"])):
+        span = slice(int(bounds[first]), int(bounds[last + 1]))
         target = slice(indptr[lo], indptr[hi])
         is_whole = span.stop - span.start == target.stop - target.start
-        wanted = slice(None) if is_whole else _positions(rows[lo:hi], bounds)
-        for name, out in (("data", data), ("indices", indices)):
-            out[target] = group[name][span][wanted]
-    if indices.size and not 0 <= indices.min() <= indices.max() < source.num_genes:
-        raise StoreError(
-            f"X of {source.path} points at gene {int(indices.max())} of {source.num_genes}: "
-            "the file is damaged"
+        wanted = slice(None) if is_whole else _positions(local[lo:hi], bounds)
+        data[target] = np.asarray(group["data"][span])[wanted]
+        indices[target] = check_indices(
+            np.asarray(group["indices"][span])[wanted], source.num_genes, source, "gene"
         )
     return sp.csr_matrix((data, indices, indptr), shape=(rows.size, source.num_genes))
+
+
+def _widest_gap(data: Array) -> int:
+    """Return how many unwanted values to read through: for zarr, those of the same chunk.
+
+    HDF5 keeps decoded chunks; zarr decodes one anew for every read that touches it.
+    """
+    return (
+        max(MAX_GAP_ELEMENTS, data.chunks[0])
+        if isinstance(data, zarr.Array)
+        else (MAX_GAP_ELEMENTS)
+    )
+
+
+def check_indices(
+    indices: npt.NDArray[Any], stop: int, source: SourceFile, what: str
+) -> npt.NDArray[Any]:
+    """Return the indices of a sparse matrix, which must lie in 0..``stop``.
+
+    Raises
+    ------
+    StoreError
+        If one lies outside.
+    """
+    if indices.size and not 0 <= indices.min() <= indices.max() < stop:
+        bad = int(indices.max() if indices.max() >= stop else indices.min())
+        raise StoreError(
+            f"{source.matrix} of {source.name} points at {what} {bad} of {stop}: "
+            "the file is damaged"
+        )
+    return indices
 
 
 def _positions(rows: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -254,28 +328,32 @@ def _positions(rows: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64]) -> np
     return positions
 
 
-def _check_indptr(bounds: npt.NDArray[np.int64], source: CountSource, group: h5py.Group) -> None:
+def _damaged_indptr(source: SourceFile) -> str:
+    matrix = source.matrix
+    return f"{matrix}/indptr of {source.name} does not fit {matrix}/data: the file is damaged"
+
+
+def _check_ends(group: Any, source: SourceFile) -> None:
+    indptr, size = group["indptr"], group["indptr"].shape[0]
+    lines = source.num_cells if source.layout == "csr" else source.num_genes
     is_sound = (
-        bounds.size == source.num_cells + 1
-        and bounds[0] == 0
-        and bool((np.diff(bounds) >= 0).all())
-        and bounds[-1] <= min(group["data"].size, group["indices"].size)
+        size == lines + 1
+        and int(indptr[0]) == 0
+        and 0 <= int(indptr[size - 1]) <= min(source.nnz, group["indices"].shape[0])
     )
     if not is_sound:
-        raise StoreError(f"X/indptr of {source.path} does not fit X/data: the file is damaged")
+        raise StoreError(_damaged_indptr(source))
 
 
 def _spans(
-    rows: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], max_gap: int
 ) -> Iterator[tuple[int, int, int, int]]:
     """Group ascending rows into spans to read at once.
 
     Yields (lo, hi, first, last): ``rows[lo:hi]`` lie within file rows ``first..last``.
     """
-    if not rows.size:
-        return
     starts, stops = bounds[rows], bounds[rows + 1]
-    is_far = starts[1:] - stops[:-1] > MAX_GAP_ELEMENTS
+    is_far = starts[1:] - stops[:-1] > max_gap
     lo = 0
     for hi in range(1, rows.size + 1):
         is_end = hi == rows.size

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from data_store.files import sha256_of_file, write_json_atomically, write_text_atomically
+from data_store.hints import some
 from data_store.schema import StoreError
 
 FORMAT = "statewide-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 COMMIT_NAME = "COMMIT"
 
@@ -36,11 +37,14 @@ class Manifest:
     """What the store was made from and what it holds. Nothing in it depends on the clock."""
 
     source: dict[str, Any]
-    """The h5ad: path, size in bytes, mtime_ns."""
+    """The input: its path, its files (path, bytes, version), and the cells of each file."""
     spec: dict[str, Any]
     """The settings of ``PreprocessSpec`` that shape the content."""
+    rows_per_block: int
+    """Cells in a task's block, from which the sizes of the shards follow."""
     counts: dict[str, int]
-    """Numbers of cells, genes, highly variable genes, perturbations, non-zeros."""
+    """Numbers of cells, genes, highly variable genes, perturbations, non-zeros, cells without
+    counts, genes never seen."""
     target_sum: float
     """The count every cell was scaled to before log1p."""
     files: dict[str, FileRecord]
@@ -63,6 +67,35 @@ def is_intact(path: Path, record: FileRecord) -> bool:
         return path.stat().st_size == record.bytes and hash_file(path) == record
     except FileNotFoundError:
         return False
+
+
+def list_damaged(root: Path, manifest: Manifest) -> list[str]:
+    """Read every file of a store and return the names of those that are missing or damaged."""
+    files = manifest.files
+    return [name for name in sorted(files) if not is_intact(root / name, files[name])]
+
+
+def refuse_torn_files(root: Path, manifest: Manifest) -> None:
+    """Check that every file is there in its full size, without reading it.
+
+    Raises
+    ------
+    StoreError
+        If one is missing or of another size.
+    """
+    torn = [name for name, record in manifest.files.items() if _size(root / name) != record.bytes]
+    if torn:
+        raise StoreError(
+            f"{root} is damaged: {some(sorted(torn))} missing or cut short. "
+            f"Mend it: statewide store verify {root} --repair"
+        )
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -99,8 +132,13 @@ def read_manifest(root: Path) -> Manifest:
         raise StoreError(f"{root} is not a store: {path} has the format {file_format!r}")
     if version > FORMAT_VERSION:
         raise StoreError(
-            f"{root} has store format {version}, but this version of statewide reads up to "
+            f"{root} has store format {version}, but this version of statewide reads "
             f"{FORMAT_VERSION}; upgrade statewide or run 'statewide preprocess' anew"
+        )
+    if version < FORMAT_VERSION:
+        raise StoreError(
+            f"{root} has store format {version} of an older statewide, and this one reads "
+            f"{FORMAT_VERSION}; remove the folder and run 'statewide preprocess' anew"
         )
     marker = root / COMMIT_NAME
     if not marker.is_file() or marker.read_text("ascii").strip() != sha256_of_file(path):

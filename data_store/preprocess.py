@@ -9,41 +9,25 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial, reduce
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-import pandas as pd
 
 from data_store.annotations import consolidate_metadata, write_annotations
+from data_store.atlas import open_source
 from data_store.files import full_disk_is_a_user_error
-from data_store.genes import select_highly_variable
-from data_store.ingest import CountSource, check_gene_names, inspect_h5ad, read_table
+from data_store.ingest import CountSource
+from data_store.locate import describe_input, explain_change
 from data_store.manifest import FileRecord, Manifest, write_manifest
-from data_store.moments import GeneMoments
-from data_store.normalize import compute_size_factors, compute_target_sum
-from data_store.obs_labels import (
-    CellLabels,
-    read_cell_labels,
-    read_library_sizes,
-    select_cells,
-)
-from data_store.preprocess_tasks import (
-    SourceBlock,
-    WriteJob,
-    gather_moments,
-    plan_store_blocks,
-    scan_block,
-    write_block,
-)
-from data_store.schema import ObsColumns, StoreError, TaskRunner, run_in_process
-from data_store.shards import StoreLayout, create_arrays, plan_layout
+from data_store.preprocess_plan import Cells, PreprocessSpec, plan_store, read_cells
+from data_store.preprocess_tasks import WriteJob, plan_store_blocks, write_block
+from data_store.schema import StoreError, TaskRunner, run_in_process
+from data_store.shards import StoreLayout, create_arrays
 from data_store.store import Store
-from data_store.workspace import Workspace, describe_source, find_finished_store, remove_leftovers
+from data_store.transpose import transpose_columns
+from data_store.workspace import Workspace, find_finished_store, remove_leftovers
+
+__all__ = ["PreprocessSpec", "preprocess", "read_perturbations"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,50 +35,6 @@ logger = logging.getLogger(__name__)
 # its share of the zeros: rounded up from real atlases.
 BYTES_PER_NNZ = 5
 BYTES_PER_HVG_NNZ = 8
-
-
-@dataclass(frozen=True)
-class PreprocessSpec:
-    """What to make a store from, and how."""
-
-    input: Path
-    """h5ad with raw counts."""
-    out: Path
-    """Folder of the finished store; it must not exist, or be the store of the same spec."""
-    columns: ObsColumns
-    """``obs`` columns that describe a cell."""
-    library_size_col: str | None
-    """``obs`` column with total counts; None: the row sum."""
-    keep: Mapping[str, Sequence[str | bool | int]]
-    """``obs`` column -> allowed values; empty: all cells."""
-    n_top_genes: int
-    """Highly variable genes to select."""
-    rows_per_block: int
-    """Cells a task holds in memory at a time."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings that shape the content, as JSON."""
-        return {
-            **asdict(self.columns),
-            "library_size_col": self.library_size_col,
-            "keep": {column: list(values) for column, values in self.keep.items()},
-            "n_top_genes": self.n_top_genes,
-        }
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """The kept cells, in the order of the h5ad."""
-
-    rows: npt.NDArray[np.int64]
-    obs: pd.DataFrame
-    labels: CellLabels
-    given_library_size: npt.NDArray[np.float64] | None
-
-    def store_order(self) -> npt.NDArray[np.int64]:
-        """Return the order that makes each (context, perturbation, batch) contiguous."""
-        labels = self.labels
-        return np.lexsort((self.rows, labels.batch.codes, labels.pert.codes, labels.context.codes))
 
 
 def read_perturbations(spec: PreprocessSpec) -> tuple[str, ...]:
@@ -107,7 +47,7 @@ def read_perturbations(spec: PreprocessSpec) -> tuple[str, ...]:
     StoreError
         If the input, a column, the control or the kept cells are not there.
     """
-    return _read_cells(spec, inspect_h5ad(spec.input)).labels.pert.names
+    return read_cells(spec, open_source(spec.input, spec.layer, spec.genes)).labels.pert.names
 
 
 def preprocess(spec: PreprocessSpec, run_tasks: TaskRunner = run_in_process) -> Store:
@@ -132,86 +72,45 @@ def preprocess(spec: PreprocessSpec, run_tasks: TaskRunner = run_in_process) -> 
             f"{spec.rows_per_block} must be at least 1"
         )
     # Tasks may run in another working folder.
-    spec = replace(spec, input=spec.input.absolute(), out=spec.out.absolute())
-    source = inspect_h5ad(spec.input)
-    identity = {"source": describe_source(spec.input), "spec": spec.describe()}
+    if isinstance(spec.input, Path):
+        spec = replace(spec, input=spec.input.absolute())
+    spec = replace(spec, out=spec.out.absolute())
+    identity = {"source": describe_input(spec.input), "spec": spec.describe()}
     finished = find_finished_store(spec.out, identity)
     if finished is not None:
         logger.info("%s is already made from the same input and settings", finished)
         remove_leftovers(finished)
         return Store.open(finished)
-    var = read_table(source, "var")
-    check_gene_names(var, spec.input)
-    cells = _read_cells(spec, source)
+    source = open_source(spec.input, spec.layer, spec.genes)
+    cells = read_cells(spec, source)
     build_key = {**identity, "rows_per_block": spec.rows_per_block}
     with full_disk_is_a_user_error(spec.out), Workspace.open(spec.out, build_key) as workspace:
-        _build(spec, source, var, cells, workspace, run_tasks)
-        if describe_source(spec.input) != identity["source"]:
-            raise StoreError(f"{spec.input} changed while it was read; run preprocessing again")
+        _build(spec, source, cells, workspace, run_tasks)
+        change = explain_change(identity["source"], describe_input(spec.input))
+        if change is not None:
+            raise StoreError(
+                f"{spec.input} changed while it was read ({change}); run preprocessing again"
+            )
         workspace.publish()
     return Store.open(spec.out)
-
-
-def _read_cells(spec: PreprocessSpec, source: CountSource) -> _Cells:
-    obs = read_table(source, "obs")
-    rows = select_cells(obs, spec.keep, spec.input)
-    obs = obs.iloc[rows].copy()
-    for column in obs.select_dtypes("category"):
-        obs[column] = obs[column].cat.remove_unused_categories()
-    labels = read_cell_labels(obs, spec.columns, spec.input)
-    given = None
-    if spec.library_size_col is not None:
-        given = read_library_sizes(obs, spec.library_size_col, spec.input)
-    reserved = {"source_row", "library_size"} - {spec.library_size_col}
-    taken = sorted(reserved & set(obs.columns))
-    if taken:
-        raise StoreError(
-            f"obs of {spec.input} has a column {taken[0]!r}, a name the store needs for its own; "
-            f"rename it: adata.obs = adata.obs.rename(columns={{{taken[0]!r}: 'old_{taken[0]}'}})"
-        )
-    return _Cells(rows, obs, labels, given)
 
 
 def _build(
     spec: PreprocessSpec,
     source: CountSource,
-    var: pd.DataFrame,
-    cells: _Cells,
+    cells: Cells,
     workspace: Workspace,
     run_tasks: TaskRunner,
 ) -> None:
-    scan = workspace.cached("scan", partial(_scan, spec, source, cells, run_tasks))
-    library_size = _choose_library_size(spec, cells, scan)
-    target_sum = compute_target_sum(library_size)
-    if target_sum <= 0:
-        raise StoreError(
-            f"the median library size of the {cells.rows.size} cells of {spec.input} is "
-            f"{target_sum:g}: more than half of them have no counts; filter them out (data.keep)"
-        )
-    factors = compute_size_factors(library_size, target_sum)
-    genes = workspace.cached("genes", partial(_rank, spec, source, cells, factors, run_tasks))
-    hvg_index = np.flatnonzero(genes["highly_variable"])
-
-    order = cells.store_order()
-    indptr = np.concatenate([[0], np.cumsum(scan["nnz"][order])])
-    layout = plan_layout(
-        num_cells=order.size,
-        num_genes=source.num_genes,
-        num_hvg=hvg_index.size,
-        nnz=int(indptr[-1]),
-        rows_per_block=spec.rows_per_block,
-    )
-    _check_disk_space(workspace, layout, int(genes["nnz"][hvg_index].sum()))
-    root = workspace.root
-    create_arrays(root, layout, indptr)
-    obs = cells.obs.iloc[order].assign(
-        source_row=cells.rows[order], library_size=library_size[order]
-    )
-    gene_columns = ("highly_variable", "means", "dispersions", "dispersions_norm")
-    write_annotations(root, obs, var.assign(**{name: genes[name] for name in gene_columns}))
+    row_source = transpose_columns(source, workspace.rows, run_tasks)
+    content = plan_store(spec, source, row_source, cells, workspace, run_tasks)
+    plan, root = content.plan, workspace.root
+    _check_disk_space(workspace, plan.layout, content.hvg_nnz)
+    create_arrays(root, plan.layout, plan.indptr)
+    write_annotations(root, content.obs, content.var)
     consolidate_metadata(root)
-    job = WriteJob(root, workspace.records, source, layout, hvg_index)
-    blocks = plan_store_blocks(layout, indptr, cells.rows[order], factors[order])
+    job = WriteJob(root, workspace.records, row_source, plan.layout, plan.hvg_index)
+    blocks = plan_store_blocks(plan.layout, plan.indptr, plan.rows, plan.size_factors)
     written = run_tasks(partial(write_block, job=job), blocks, what="write store", unit="cells")
     shards: dict[str, FileRecord] = {}
     for files in written:
@@ -219,76 +118,17 @@ def _build(
     write_manifest(
         root,
         Manifest(
-            source=describe_source(spec.input),
-            spec=spec.describe(),
-            counts={
-                "cells": layout.num_cells,
-                "genes": layout.num_genes,
-                "hvg": layout.num_hvg,
-                "perturbations": len(cells.labels.pert.names) - 1,
-                "nnz": layout.nnz,
+            source={
+                **describe_input(spec.input),
+                "cells": [file.num_cells for file in source.files],
             },
-            target_sum=target_sum,
+            spec=spec.describe(),
+            rows_per_block=spec.rows_per_block,
+            counts=content.counts,
+            target_sum=content.target_sum,
             files=workspace.list_files(shards),
         ),
     )
-
-
-def _scan(
-    spec: PreprocessSpec, source: CountSource, cells: _Cells, run_tasks: TaskRunner
-) -> dict[str, npt.NDArray[Any]]:
-    blocks = [SourceBlock(rows) for rows in _cut(cells.rows, spec.rows_per_block)]
-    task = partial(scan_block, source=source)
-    scans = list(run_tasks(task, blocks, what="check counts", unit="cells"))
-    return {
-        "library_size": np.concatenate([scan.library_size for scan in scans]),
-        "nnz": np.concatenate([scan.nnz for scan in scans]),
-    }
-
-
-def _rank(
-    spec: PreprocessSpec,
-    source: CountSource,
-    cells: _Cells,
-    factors: npt.NDArray[np.float32],
-    run_tasks: TaskRunner,
-) -> dict[str, npt.NDArray[Any]]:
-    size = spec.rows_per_block
-    pairs = zip(_cut(cells.rows, size), _cut(factors, size), strict=True)
-    blocks = [SourceBlock(rows, part) for rows, part in pairs]
-    task = partial(gather_moments, source=source)
-    parts = run_tasks(task, blocks, what="moments", unit="cells")
-    moments = reduce(GeneMoments.merge, parts, GeneMoments.zeros(source.num_genes))
-    table = select_highly_variable(moments, spec.n_top_genes)
-    return {"nnz": moments.nnz_G, **{str(name): table[name].to_numpy() for name in table}}
-
-
-def _cut(values: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
-    return [values[start : start + size] for start in range(0, values.size, size)]
-
-
-def _choose_library_size(
-    spec: PreprocessSpec, cells: _Cells, scan: Mapping[str, npt.NDArray[Any]]
-) -> npt.NDArray[np.float64]:
-    given = cells.given_library_size
-    if given is None:
-        return scan["library_size"]
-    is_bad = (given == 0) & (scan["library_size"] > 0)
-    if is_bad.any():
-        first = int(np.argmax(is_bad))
-        raise StoreError(
-            f"obs column {spec.library_size_col!r} (data.library_size_col) is 0 for cell "
-            f"{cells.obs.index[first]!r}, which has {scan['library_size'][first]:g} counts"
-        )
-    num_short = int((given < scan["library_size"]).sum())
-    if num_short:
-        logger.warning(
-            "obs column %r (data.library_size_col) is below the row sum for %d of %d cells",
-            spec.library_size_col,
-            num_short,
-            given.size,
-        )
-    return given
 
 
 def _check_disk_space(workspace: Workspace, layout: StoreLayout, nnz_hvg: int) -> None:

@@ -1,6 +1,6 @@
 """The work of preprocessing, cut into tasks that any process can do: scan, moments, write.
 
-Each task opens the h5ad itself and returns a small record, never a matrix. A task that is done
+Each task opens the input itself and returns a small record, never a matrix. A task that is done
 again gives the same bytes, so a killed run loses only the blocks in flight.
 """
 
@@ -19,15 +19,15 @@ from data_store.ingest import CountSource, read_count_rows
 from data_store.manifest import FileRecord, hash_file, is_intact
 from data_store.moments import GeneMoments
 from data_store.normalize import compute_library_size, expm1, normalize_log1p
-from data_store.shards import StoreLayout, write_hvg_shard, write_nnz_shards
+from data_store.shards import HVG_PATH, StoreLayout, write_hvg_shard, write_nnz_shards
 
 
 @dataclass(frozen=True)
 class SourceBlock:
-    """Cells to scan, in the order of the h5ad."""
+    """Cells to scan, in the order of the atlas."""
 
     rows: npt.NDArray[np.int64]
-    """[n] row numbers in the h5ad, ascending."""
+    """[n] row numbers in the atlas, ascending."""
     size_factors: npt.NDArray[np.float32] | None = None
     """[n] divisors; None while they are not known."""
 
@@ -77,7 +77,7 @@ class StoreBlock:
     num_cells: int
     """Rows in the block itself."""
     rows: npt.NDArray[np.int64]
-    """[n] row numbers in the h5ad of the rows to read, in store order; n >= ``num_cells``."""
+    """[n] row numbers in the atlas of the rows to read, in store order; n >= ``num_cells``."""
     size_factors: npt.NDArray[np.float32]
     """[n] divisors."""
     first_nnz: int
@@ -86,6 +86,13 @@ class StoreBlock:
     """First shard of non-zeros owned."""
     stop_nnz: int
     """Position in ``X/data`` where the owned shards end."""
+
+    def shards(self, layout: StoreLayout) -> list[str]:
+        """Return the relative paths of the shards owned."""
+        end = -(-self.stop_nnz // layout.shard_nnz)
+        owned = range(self.first_shard, max(self.first_shard, end))
+        names = [f"X/{name}/c/{shard}" for name in ("data", "indices") for shard in owned]
+        return [*names, f"{HVG_PATH}/c/{self.index}/0"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class WriteJob:
     records: Path
     """Folder with a record of each finished block."""
     source: CountSource
-    """The h5ad."""
+    """The atlas, by row in all files."""
     layout: StoreLayout
     """Shapes and shards."""
     hvg_index: npt.NDArray[np.int64]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -19,6 +20,10 @@ SplitName: TypeAlias = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
 
 OutputSpace: TypeAlias = Literal["hvg", "all"]
+
+InputPath: TypeAlias = Path | str
+"""A file, folder or glob (``Path``), or a URL that fsspec opens (``str``)."""
+GeneChoice: TypeAlias = Literal["same", "intersection", "union"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

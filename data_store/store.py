@@ -19,22 +19,26 @@ import zarr
 from anndata.io import read_elem
 from zarr.storage import LocalStore
 
+from data_store.atlas import SOURCE_FILE
 from data_store.manifest import (
     COMMIT_NAME,
     MANIFEST_NAME,
     Manifest,
-    is_intact,
+    list_damaged,
     read_manifest,
+    refuse_torn_files,
 )
 from data_store.obs_labels import read_cell_labels
-from data_store.schema import ObsColumns, OutputSpace
+from data_store.schema import InputPath, ObsColumns, OutputSpace
 from data_store.shards import HVG_PATH
 
 ROWS_PER_READ = 4096
 
 
-def is_store(path: Path) -> bool:
-    """Tell whether a folder holds a finished store (damaged ones included)."""
+def is_store(path: InputPath) -> bool:
+    """Tell whether a folder holds a finished store (damaged ones included). A URL is none."""
+    if isinstance(path, str):
+        return False
     return (path / MANIFEST_NAME).is_file() and (path / COMMIT_NAME).is_file()
 
 
@@ -71,20 +75,27 @@ class Store:
     batch_code: npt.NDArray[np.int64]
     """[N] index into ``batches``."""
     source_row: npt.NDArray[np.int64]
-    """[N] row of each cell in the h5ad."""
+    """[N] row of each cell in the input, whose files are counted through. (``obs/source_row`` is
+    the row in the cell's own file.)"""
     library_size: npt.NDArray[np.float64]
     """[N] total counts before normalisation."""
 
     @classmethod
     def open(cls, path: Path) -> Store:
-        """Open a finished store.
+        """Open a finished store, after a look at the size of every file.
 
         Raises
         ------
         StoreError
-            If it is missing, unfinished, damaged or of a newer format.
+            If it is missing, unfinished, of another format, or a file is missing or cut short.
         """
         manifest = read_manifest(path)
+        refuse_torn_files(path, manifest)
+        return cls.load(path, manifest)
+
+    @classmethod
+    def load(cls, path: Path, manifest: Manifest) -> Store:
+        """Open a store whose shards may be damaged; tables and ``X/indptr`` must not be."""
         columns = ObsColumns(**{key: manifest.spec[key] for key in ObsColumns.__annotations__})
         obs_group = _open_group(path, "obs")
         label_columns = (columns.pert_col, columns.cell_type_key, columns.batch_col)
@@ -108,7 +119,7 @@ class Store:
             pert_code=labels.pert.codes,
             context_code=labels.context.codes,
             batch_code=labels.batch.codes,
-            source_row=read_elem(obs_group["source_row"]),
+            source_row=_read_source_rows(obs_group, manifest),
             library_size=read_elem(obs_group["library_size"]),
         )
 
@@ -144,7 +155,7 @@ class Store:
     def read_csr(self, start: int, stop: int) -> sp.csr_matrix:
         """Read rows ``start:stop`` of ``X`` as [n, G] float32 CSR."""
         self._check_range(start, stop)
-        bounds = self._indptr[start : stop + 1]
+        bounds = self.indptr[start : stop + 1]
         span = slice(int(bounds[0]), int(bounds[-1]))
         data = _read(self._arrays["data"], span)
         indices = _read(self._arrays["indices"], span)
@@ -178,8 +189,7 @@ class Store:
 
     def verify(self) -> list[str]:
         """Read every file and return the names of those that are missing or damaged."""
-        files = self.manifest.files
-        return [name for name in sorted(files) if not is_intact(self.path / name, files[name])]
+        return list_damaged(self.path, self.manifest)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_cells:
@@ -191,8 +201,19 @@ class Store:
         return {key: _open_array(self.path, name) for key, name in names.items()}
 
     @cached_property
-    def _indptr(self) -> npt.NDArray[np.int64]:
+    def indptr(self) -> npt.NDArray[np.int64]:
+        """[N + 1] first non-zero of each cell in ``X``, and the end."""
         return _read(_open_array(self.path, "X/indptr"), slice(None)).astype(np.int64)
+
+
+def _read_source_rows(obs: zarr.Group, manifest: Manifest) -> npt.NDArray[np.int64]:
+    rows: npt.NDArray[np.int64] = read_elem(obs["source_row"])
+    cells = manifest.source["cells"]
+    if len(cells) == 1:
+        return rows
+    starts = np.concatenate([[0], np.cumsum(cells)])
+    in_atlas: npt.NDArray[np.int64] = rows + starts[read_elem(obs[SOURCE_FILE]).codes]
+    return in_atlas
 
 
 def _open_group(root: Path, name: str) -> zarr.Group:

@@ -21,9 +21,9 @@ from anndata.io import read_elem
 from zarr.errors import NodeNotFoundError
 from zarr.storage import LocalStore
 
+from data_store.containers import open_anndata
 from data_store.files import full_disk_is_a_user_error
 from data_store.hints import nearest, some
-from data_store.ingest import open_h5ad
 from data_store.obs_labels import read_labels
 from data_store.schema import (
     CellTable,
@@ -85,7 +85,7 @@ def _read_elements(path: Path) -> tuple[Any, pd.DataFrame, tuple[str, ...]]:
         except (NodeNotFoundError, KeyError, ValueError) as error:
             raise StoreError(f"{path} is not an AnnData zarr folder: {error}") from error
     else:
-        with open_h5ad(path) as file:
+        with open_anndata(path) as file:
             try:
                 matrix, obs, var = (read_elem(file[key]) for key in ("X", "obs", "var"))
             except (KeyError, ValueError, OSError) as error:

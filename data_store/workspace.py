@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_store.files import sync_tree, write_bytes_atomically, write_json_atomically
+from data_store.locate import explain_change
 from data_store.manifest import (
     COMMIT_NAME,
     FORMAT_VERSION,
@@ -33,18 +34,9 @@ from data_store.schema import StoreError
 
 LOCK_NAME = "lock"
 KEY_NAME = "key.json"
+ROWS_NAME = "rows"
 
 logger = logging.getLogger(__name__)
-
-
-def describe_source(path: Path) -> dict[str, Any]:
-    """Return what identifies an input file without reading it."""
-    status = path.stat()
-    return {
-        "path": str(path.resolve()),
-        "bytes": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-    }
 
 
 def find_finished_store(out: Path, identity: Mapping[str, Any]) -> Path | None:
@@ -64,12 +56,13 @@ def find_finished_store(out: Path, identity: Mapping[str, Any]) -> Path | None:
             f"{out} exists and is not a store; it is left as it is. Choose another output (--out)"
         )
     manifest = read_manifest(out)
-    differences = [
-        f"{name}: {made_with!r} there, {wanted!r} asked"
-        for name, made_with, wanted in _compare(
-            {**manifest.source, **manifest.spec}, {**identity["source"], **identity["spec"]}
-        )
-        if name != "path"
+    change = explain_change(manifest.source, identity["source"])
+    differences = [] if change is None else [change]
+    made, wanted = manifest.spec, identity["spec"]
+    differences += [
+        f"{name}: {made.get(name)!r} there, {wanted.get(name)!r} asked"
+        for name in sorted({*made, *wanted})
+        if made.get(name) != wanted.get(name)
     ]
     if differences:
         raise StoreError(
@@ -77,12 +70,6 @@ def find_finished_store(out: Path, identity: Mapping[str, Any]) -> Path | None:
             "Remove the folder or choose another output (--out)"
         )
     return out
-
-
-def _compare(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted({*made, *wanted}):
-        if made.get(name) != wanted.get(name):
-            yield name, made.get(name), wanted.get(name)
 
 
 @dataclass(frozen=True)
@@ -129,8 +116,8 @@ class Workspace:
                 raise
 
     def _has_results(self) -> bool:
-        files = (path.name for path in self.folder.rglob("*") if path.is_file())
-        return any(name not in (LOCK_NAME, KEY_NAME) for name in files)
+        files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
+        return any(path.parts[0] not in (LOCK_NAME, KEY_NAME, ROWS_NAME) for path in files)
 
     def _begin(self, key: Mapping[str, Any]) -> None:
         key_path = self.folder / KEY_NAME
@@ -163,6 +150,11 @@ class Workspace:
         """Folder with a record of each finished block."""
         return self.folder / "blocks"
 
+    @property
+    def rows(self) -> Path:
+        """Folder for what must be stored by row before it can be read."""
+        return self.folder / ROWS_NAME
+
     def cached(
         self, name: str, compute: Callable[[], dict[str, Any]]
     ) -> dict[str, npt.NDArray[Any]]:
@@ -192,6 +184,10 @@ class Workspace:
         """Give the finished store its name."""
         sync_tree(self.root)
         self.root.rename(self.out)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder and all in it."""
         shutil.rmtree(self.folder)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``statewide run|preprocess|split|train|predict|evaluate|simulate|doctor``.
+"""The command line: ``statewide run|preprocess|split|train|predict|evaluate|...``.
 
 A command's answer goes to standard output; a user's mistake to standard error, with exit code 2.
 Heavy packages are imported inside the commands, so that ``--help`` answers at once.
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from pydantic import ValidationError
 
-from data_store.schema import SPLIT_NAMES, UserError
+from data_store.schema import SPLIT_NAMES, GeneChoice, UserError
+from launcher import cli_store
 from launcher.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(cli_store.app, name="store")
 
 ConfigArg = Annotated[Path, typer.Argument(help="Recipe in TOML, such as configs/demo.toml.")]
 OverridesArg = Annotated[
@@ -98,7 +101,13 @@ def train(
 
 @app.command()
 def preprocess(
-    input_path: Annotated[Path, typer.Argument(metavar="INPUT", help="h5ad with raw counts.")],
+    input_path: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="h5ad or .zarr with raw counts; a folder or quoted glob of several; or a URL.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the store to write.")],
     n_hvg: Annotated[int, typer.Option(min=1, help="Highly variable genes to select.")] = 2000,
     pert_col: PertColOpt = "target_gene",
@@ -110,6 +119,12 @@ def preprocess(
     library_size_col: Annotated[
         str | None, typer.Option(help="obs column with total counts; default: row sums.")
     ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer with the raw counts; default: X.")
+    ] = None,
+    genes: Annotated[
+        GeneChoice, typer.Option(help="Where the gene lists of several files differ.")
+    ] = "same",
     no_perturbations: Annotated[
         bool,
         typer.Option("--no-perturbations", help="No cell is perturbed: no such column is read."),
@@ -123,10 +138,13 @@ def preprocess(
     """
     from data_store.preprocess import preprocess as make_store
     from launcher.preprocess_job import build_spec
+    from launcher.store_report import describe_briefly
     from state.config import DataConfig
 
     data = DataConfig(
-        input=input_path.absolute(),
+        input=input_path,
+        layer=layer,
+        genes=genes,
         pert_col=pert_col,
         control_pert=control,
         cell_type_key=cell_type_key,
@@ -139,10 +157,7 @@ def preprocess(
         spec = replace(spec, columns=replace(spec.columns, pert_col=None))
     with _open_cluster(address, local=local) as (cluster, _):
         store = make_store(spec, cluster.run_tasks)
-    typer.echo(
-        f"{store.path}: {store.num_cells} cells, {len(store.genes)} genes, "
-        f"{len(store.hvg_index)} highly variable"
-    )
+    typer.echo(describe_briefly(store))
 
 
 @app.command()
@@ -270,10 +285,9 @@ def main() -> NoReturn:
         _complain(f"error: {error}")
         sys.exit(EXIT_USER_ERROR)
     except ValidationError as error:
-        wrong = (
-            f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()
-        )
-        _complain(f"error: {'; '.join(wrong)}")
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in item["loc"])
+        _complain(f"error: {key} = {item['input']!r}: {item['msg']}")
         sys.exit(EXIT_USER_ERROR)
     except OSError as error:
         if error.filename is None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from data_store.files import sha256_of_file, write_json_atomically
+from data_store.locate import describe_input, find_files
+from data_store.schema import StoreError
 from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
@@ -83,16 +85,24 @@ class Pipeline:
         """Name the configured files that are not there."""
         config, made_here = self.config, self.config.simulate is not None
         named = {
-            "data.input": None if made_here else config.data.input,
             "features.path": None if made_here else config.features.path,
             "split.file": config.split.file,
             "train.deepspeed": config.train.deepspeed,
         }
-        return [
+        problems = [
             f"{key} = {str(path)!r} does not exist"
             for key, path in named.items()
             if path is not None and not path.exists()
         ]
+        data_input = config.data.input
+        if made_here or is_store(data_input):
+            return problems
+        try:
+            find_files(data_input)
+        except StoreError as error:
+            shown = f"data.input = {str(data_input)!r} does not exist: {error}"
+            return [shown, *problems]
+        return problems
 
     def _refuse_missing_inputs(self) -> None:
         problems = self.missing_inputs()
@@ -127,7 +137,7 @@ class Pipeline:
         simulation, features = self.config.simulate, self.config.features.path
         if simulation is None:
             return None
-        atlas = self.config.data.input
+        atlas = Path(self.config.data.input)
         return Stage(
             name="simulate",
             fingerprint=fingerprint("simulate", simulation.model_dump(), atlas, features),
@@ -145,12 +155,12 @@ class Pipeline:
             mode="json",
             include={
                 *("input", "pert_col", "control_pert", "cell_type_key", "batch_col"),
-                *("library_size_col", "keep", "n_top_genes"),
+                *("library_size_col", "keep", "n_top_genes", "layer", "genes"),
             },
         )
         return Stage(
             name="preprocess",
-            fingerprint=fingerprint("preprocess", used, identify_file(data.input)),
+            fingerprint=fingerprint("preprocess", used, describe_input(data.input)),
             outputs=[self.folder.store],
             work=lambda: self._say_store(
                 preprocess_run(self.config, self.folder.store, self._cluster.run_tasks)
@@ -245,7 +255,7 @@ class Pipeline:
     def store(self) -> Store:
         """The store this run reads."""
         data = self.config.data
-        return Store.open(data.input if is_store(data.input) else self.folder.store)
+        return Store.open(Path(data.input) if is_store(data.input) else self.folder.store)
 
     @property
     def _run_fingerprint(self) -> str:

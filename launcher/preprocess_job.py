@@ -34,6 +34,8 @@ def build_spec(data: DataConfig, out: Path) -> PreprocessSpec:
         keep=data.keep,
         n_top_genes=data.n_top_genes,
         rows_per_block=data.rows_per_block,
+        layer=data.layer,
+        genes=data.genes,
     )
 
 

@@ -145,7 +145,7 @@ class RunFolder:
         inside = [
             path
             for path in inputs
-            if path is not None and any(name in (path, *path.parents) for name in own)
+            if isinstance(path, Path) and any(name in (path, *path.parents) for name in own)
         ]
         if inside:
             raise LaunchError(
@@ -156,10 +156,10 @@ class RunFolder:
     def _clear(self, config: RunConfig) -> None:
         """Delete what a run made here, simulated data included, and nothing else."""
         made = [self.path / name for name in _OWN_NAMES]
-        if config.simulate is not None:
-            stem = config.data.input.with_suffix("")
-            truth = stem.with_name(f"{stem.name}_truth.npz")
-            simulated = (config.data.input, truth, config.features.path)
+        atlas = config.data.input
+        if config.simulate is not None and isinstance(atlas, Path):
+            truth = atlas.with_name(f"{atlas.stem}_truth.npz")
+            simulated = (atlas, truth, config.features.path)
             made += [p for p in simulated if p is not None and self.path in p.parents]
         for entry in made:
             if entry.is_dir() and not entry.is_symlink():

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from data_store.schema import ObsColumns, OutputSpace, UserError
+from data_store.schema import GeneChoice, ObsColumns, OutputSpace, UserError
 
 
 class ConfigError(UserError):
@@ -46,6 +46,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
+RemoteUrl = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://")]
 
 
 class SimulateConfig(_Section):
@@ -72,8 +73,15 @@ class SimulateConfig(_Section):
 class DataConfig(_Section):
     """What is read, and how it becomes a store."""
 
-    input: Path
-    """An h5ad with raw counts, or a finished store (which is then used as it is)."""
+    input: Annotated[RemoteUrl | Path, Field(union_mode="left_to_right")]
+    """Raw counts: an h5ad or AnnData ``.zarr``; a folder or glob (``*``, ``{a,b}``) of several
+    files of one atlas; or a URL (``https://``, ``s3://``). Or a finished store, which is then
+    used as it is."""
+    layer: NonEmptyStr | None = None
+    """Layer with the raw counts; absent: ``X``."""
+    genes: GeneChoice = "same"
+    """Where the gene lists of several files differ: refuse (``same``), take the genes that all
+    have (``intersection``), or all genes, 0 where a file lacks one (``union``)."""
     pert_col: NonEmptyStr = "target_gene"
     """``obs`` column with the perturbed gene."""
     control_pert: NonEmptyStr = "non-targeting"
@@ -287,3 +295,9 @@ class RunConfig(_Section):
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _simulates_into_a_file(self) -> RunConfig:
+        if self.simulate is not None and isinstance(self.data.input, str):
+            raise ValueError(f"[simulate] cannot write to data.input = {self.data.input!r}, a URL")
+        return self

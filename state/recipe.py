@@ -19,6 +19,7 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from data_store.schema import InputPath
 from state.config import ConfigError, RunConfig
 
 
@@ -195,7 +196,7 @@ def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     return config.model_copy(
         update={
             "output_dir": _absolute(config.output_dir),
-            "data": data.model_copy(update={"input": _absolute(data.input)}),
+            "data": data.model_copy(update={"input": _absolute_or_url(data.input)}),
             "split": split.model_copy(update={"file": _absolute_or_none(split.file)}),
             "features": features.model_copy(update={"path": _absolute_or_none(features.path)}),
             "train": config.train.model_copy(
@@ -211,6 +212,10 @@ def _absolute(path: Path) -> Path:
     except RuntimeError:
         raise ConfigError(f"{path}: there is no such user. Write the path out") from None
     return Path(os.path.abspath(expanded))  # noqa: PTH100 - resolve() would follow links
+
+
+def _absolute_or_url(location: InputPath) -> InputPath:
+    return location if isinstance(location, str) else _absolute(location)
 
 
 def _absolute_or_none(path: Path | None) -> Path | None:

@@ -27,7 +27,9 @@ ONLY_IN = {
     "scanpy": ("data_store",),
     "zarr": ("data_store",),
     "h5py": ("data_store",),
-    "typer": ("launcher.cli",),
+    "fsspec": ("data_store.remote",),
+    "aiohttp": ("data_store.remote",),
+    "typer": ("launcher.cli", "launcher.cli_store"),
 }
 
 

@@ -4,7 +4,9 @@ import anndata as ad
 import numpy as np
 import pytest
 import scanpy as sc
+import scipy.sparse as sp
 
+from data_store import transpose
 from data_store.genes import select_highly_variable
 from data_store.moments import GeneMoments
 from data_store.normalize import expm1
@@ -14,17 +16,21 @@ from tests.support.atlas import build_atlas
 from tests.support.data import data_path
 
 
-def scanpy_result(source, n_top_genes):
-    adata = ad.read_h5ad(source)
+def analyse(adata, n_top_genes):
     sc.pp.normalize_total(adata)
     sc.pp.log1p(adata)
     sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes)
     return adata
 
 
-def assert_same_as_scanpy(source, out, columns, n_top_genes):
-    expected = scanpy_result(source, n_top_genes)
-    spec = PreprocessSpec(source, out, columns, None, {}, n_top_genes, 700)
+def scanpy_result(source, n_top_genes):
+    return analyse(ad.read_h5ad(source), n_top_genes)
+
+
+def assert_same_as_scanpy(source, out, columns, n_top_genes, expected=None, **settings):
+    if expected is None:
+        expected = scanpy_result(source, n_top_genes)
+    spec = PreprocessSpec(source, out, columns, None, {}, n_top_genes, 700, **settings)
     store = preprocess(spec)
     found = ad.read_zarr(store.path)
     assert (found.var["highly_variable"] == expected.var["highly_variable"]).all()
@@ -87,3 +93,46 @@ def test_genes_never_seen_and_empty_cells(tmp_path):
     atlas.X = type(atlas.X)(counts)
     atlas.write_h5ad(tmp_path / "atlas.h5ad")
     assert_same_as_scanpy(tmp_path / "atlas.h5ad", tmp_path / "store", ObsColumns(), 60)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_counts_by_column(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(transpose, "VALUES_PER_TASK", 5000)
+    atlas = build_atlas(num_cells=500, num_genes=200, seed=6)
+    expected = analyse(atlas.copy(), 50)
+    atlas.X = sp.csc_matrix(atlas.X).astype(dtype)
+    atlas.write_h5ad(tmp_path / "atlas.h5ad", compression="lzf")
+    path = tmp_path / "atlas.h5ad"
+    assert_same_as_scanpy(path, tmp_path / "store", ObsColumns(), 50, expected)
+
+
+def test_counts_in_a_layer(tmp_path):
+    atlas = build_atlas(num_cells=500, num_genes=200, seed=7)
+    expected = analyse(atlas.copy(), 50)
+    atlas.layers["counts"] = atlas.X
+    atlas.X = expected.X
+    atlas.write_h5ad(tmp_path / "atlas.h5ad", compression="gzip")
+    path = tmp_path / "atlas.h5ad"
+    assert_same_as_scanpy(path, tmp_path / "store", ObsColumns(), 50, expected, layer="counts")
+
+
+@pytest.mark.parametrize("join", ["inner", "outer"])
+def test_counts_in_several_files(tmp_path, join):
+    parts = [build_atlas(num_cells=300, num_genes=200, seed=seed) for seed in (8, 9)]
+    parts = [parts[0][:, :170].copy(), parts[1][:, 20:].copy()]
+    parts[1].X = sp.csc_matrix(parts[1].X)
+    for number, part in enumerate(parts):
+        part.write_h5ad(tmp_path / f"part_{number}.h5ad")
+    expected = analyse(ad.concat(parts, join=join, index_unique="-", fill_value=0), 50)
+    genes = {"inner": "intersection", "outer": "union"}[join]
+    path = tmp_path / "part_{0,1}.h5ad"
+    assert_same_as_scanpy(path, tmp_path / "store", ObsColumns(), 50, expected, genes=genes)
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
+def test_counts_in_zarr(tmp_path):
+    atlas = build_atlas(num_cells=500, num_genes=200, seed=10)
+    with ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+        atlas.write_zarr(tmp_path / "atlas.zarr")
+    path = tmp_path / "atlas.zarr"
+    assert_same_as_scanpy(path, tmp_path / "store", ObsColumns(), 50, analyse(atlas.copy(), 50))

@@ -35,7 +35,13 @@ def test_the_same_config_comes_back(folder: RunFolder, config: RunConfig):
     assert open_run_folder(folder.path)[1] == config
 
 
+def test_a_setting_may_be_corrected_before_the_first_checkpoint(folder: RunFolder, config):
+    folder.adopt(with_train(config, lr=0.5), overwrite=False)
+    assert open_run_folder(folder.path)[1].train.lr == 0.5
+
+
 def test_another_config_is_refused_with_the_difference(folder: RunFolder, config: RunConfig):
+    (folder.checkpoints / "step_00000001").mkdir(parents=True)
     before = folder.config.read_text()
     with pytest.raises(LaunchError, match=r"train\.lr: 0\.0001 -> 0\.5") as caught:
         folder.adopt(with_train(config, lr=0.5), overwrite=False)
@@ -58,6 +64,7 @@ def test_overwrite_clears_a_run_but_nothing_else(folder: RunFolder, config: RunC
 
     foreign = tmp_path / "home"
     foreign.mkdir()
+    (foreign / "config.toml").write_text("[tool]\n")
     (foreign / "thesis.doc").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(LaunchError, match="not a run folder"):
@@ -66,11 +73,15 @@ def test_overwrite_clears_a_run_but_nothing_else(folder: RunFolder, config: RunC
 
 
 def test_overwrite_does_not_delete_an_input_in_the_folder(folder: RunFolder, config: RunConfig):
-    data = config.data.model_copy(update={"input": folder.path / "a.h5ad"})
-    (folder.path / "a.h5ad").write_text("precious")
+    data = config.data.model_copy(update={"input": folder.path / "store"})
+    (folder.path / "store").mkdir()
+    (folder.path / "notes.txt").write_text("precious")
     with pytest.raises(LaunchError, match="Move it elsewhere"):
         folder.adopt(config.model_copy(update={"data": data}), overwrite=True)
-    assert (folder.path / "a.h5ad").exists()
+    assert (folder.path / "store").exists()
+    folder.adopt(config, overwrite=True)
+    assert not (folder.path / "store").exists()
+    assert (folder.path / "notes.txt").exists()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path):

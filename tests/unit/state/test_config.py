@@ -89,9 +89,23 @@ def test_paths_become_absolute_and_variables_are_expanded(
     assert config.train.deepspeed == tmp_path / "deepspeed/zero1.json"
 
 
+def test_an_input_may_be_a_url_or_a_glob(recipe: Path, tmp_path: Path):
+    url = "https://example.org/atlas.h5ad"
+    config = load_config(recipe, [f"data.input={url}", "data.layer=counts", "data.genes=union"])
+    assert (config.data.input, config.data.layer, config.data.genes) == (url, "counts", "union")
+    (tmp_path / "config.toml").write_text(dump_config(config))
+    assert load_resolved_config(tmp_path / "config.toml") == config
+    assert load_config(recipe, ["data.input=/d/{a,b}*.h5ad"]).data.input == Path("/d/{a,b}*.h5ad")
+
+
+SIMULATE = "simulate={num_cells=9, num_genes=9, num_perturbations=2}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
+        ([SIMULATE, "data.input=https://x.org/a.h5ad"], ["simulate", "https://x.org/a.h5ad"]),
+        (["data.genes=all"], ["data.genes = 'all'", "intersection"]),
         (["train.lrr=1"], ["unknown key 'train.lrr'", "Did you mean 'train.lr'"]),
         (["mode.hidden_dim=3"], ["unknown key 'mode'", "Did you mean 'model'"]),
         (["train.lr=fast"], ["train.lr = 'fast'", "number"]),

@@ -1,0 +1,294 @@
+"""Decide what a store holds before it is written: cells, genes, their order, and its layout.
+
+Two passes over the counts (``scan``, ``moments``), each kept in the workspace. ``preprocess`` and
+``repair`` begin here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from data_store.atlas import read_table
+from data_store.genes import select_highly_variable
+from data_store.ingest import CountSource
+from data_store.moments import GeneMoments
+from data_store.normalize import compute_size_factors, compute_target_sum
+from data_store.obs_labels import (
+    CellLabels,
+    read_cell_labels,
+    read_library_sizes,
+    select_cells,
+)
+from data_store.preprocess_tasks import SourceBlock, gather_moments, scan_block
+from data_store.schema import GeneChoice, InputPath, ObsColumns, StoreError, TaskRunner
+from data_store.shards import StoreLayout, plan_layout
+from data_store.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """What to make a store from, and how."""
+
+    input: InputPath
+    """h5ad or zarr with raw counts; a folder or glob of several; or a URL."""
+    out: Path
+    """Folder of the finished store; it must not exist, or be the store of the same spec."""
+    columns: ObsColumns
+    """``obs`` columns that describe a cell."""
+    library_size_col: str | None
+    """``obs`` column with total counts; None: the row sum."""
+    keep: Mapping[str, Sequence[str | bool | int]]
+    """``obs`` column -> allowed values; empty: all cells."""
+    n_top_genes: int
+    """Highly variable genes to select."""
+    rows_per_block: int
+    """Cells a task holds in memory at a time."""
+    layer: str | None = None
+    """Layer with the raw counts; None: ``X``."""
+    genes: GeneChoice = "same"
+    """What to do where the gene lists of several files differ."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that shape the content, as JSON."""
+        return {
+            **asdict(self.columns),
+            "library_size_col": self.library_size_col,
+            "keep": {column: list(values) for column, values in self.keep.items()},
+            "n_top_genes": self.n_top_genes,
+            "layer": self.layer,
+            "genes": self.genes,
+        }
+
+    def used_columns(self) -> list[tuple[str, str]]:
+        """Return the ``obs`` columns in use, each with the setting that names it."""
+        names = {
+            "data.pert_col": self.columns.pert_col,
+            "data.cell_type_key": self.columns.cell_type_key,
+            "data.batch_col": self.columns.batch_col,
+            "data.library_size_col": self.library_size_col,
+        }
+        used = [(name, key) for key, name in names.items() if name is not None]
+        return used + [(name, f"data.keep.{name}") for name in self.keep]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The kept cells, in the order of the atlas."""
+
+    rows: npt.NDArray[np.int64]
+    """[N] rows in the atlas, ascending."""
+    obs: pd.DataFrame
+    labels: CellLabels
+    given_library_size: npt.NDArray[np.float64] | None
+
+    def store_order(self) -> npt.NDArray[np.int64]:
+        """Return the order that makes each (context, perturbation, batch) contiguous."""
+        labels = self.labels
+        return np.lexsort((self.rows, labels.batch.codes, labels.pert.codes, labels.context.codes))
+
+
+@dataclass(frozen=True, eq=False)
+class StorePlan:
+    """What a write task needs to know of the whole store. Arrays are in store order."""
+
+    layout: StoreLayout
+    """Shapes and shards."""
+    indptr: npt.NDArray[np.int64]
+    """[N + 1] first non-zero of each cell, and the end."""
+    rows: npt.NDArray[np.int64]
+    """[N] row of each cell in the atlas."""
+    size_factors: npt.NDArray[np.float32]
+    """[N] divisors of the counts."""
+    hvg_index: npt.NDArray[np.int64]
+    """[H] genes of ``X_hvg``."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoreContent:
+    """A plan, and the tables that go beside the matrices."""
+
+    plan: StorePlan
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    target_sum: float
+    hvg_nnz: int
+    counts: dict[str, int]
+
+
+def read_cells(spec: PreprocessSpec, source: CountSource) -> Cells:
+    """Read ``obs``, keep the cells asked for, and code their labels.
+
+    Raises
+    ------
+    StoreError
+        If a column, the control or the kept cells are not there.
+    """
+    obs = read_table(source, "obs", spec.used_columns())
+    rows = select_cells(obs, spec.keep, Path(spec.input))
+    obs = obs.iloc[rows].copy()
+    for column in obs.select_dtypes("category"):
+        obs[column] = obs[column].cat.remove_unused_categories()
+    path = Path(spec.input)
+    labels = read_cell_labels(obs, spec.columns, path)
+    given = None
+    if spec.library_size_col is not None:
+        given = read_library_sizes(obs, spec.library_size_col, path)
+    reserved = {"source_row", "library_size"} - {spec.library_size_col}
+    taken = sorted(reserved & set(obs.columns))
+    if taken:
+        raise StoreError(
+            f"obs of {spec.input} has a column {taken[0]!r}, a name the store needs for its own; "
+            f"rename it: adata.obs = adata.obs.rename(columns={{{taken[0]!r}: 'old_{taken[0]}'}})"
+        )
+    return Cells(rows, obs, labels, given)
+
+
+def plan_store(
+    spec: PreprocessSpec,
+    source: CountSource,
+    row_source: CountSource,
+    cells: Cells,
+    workspace: Workspace,
+    run_tasks: TaskRunner,
+) -> StoreContent:
+    """Scan the counts, choose the genes, and order the cells.
+
+    Parameters
+    ----------
+    spec, source, cells
+        Settings, input, and its kept cells.
+    row_source
+        The same counts, by row in all files.
+    workspace
+        Keeps the results of the passes.
+    run_tasks
+        Maps the tasks.
+
+    Raises
+    ------
+    StoreError
+        If the counts are not raw, most cells are empty, or no gene varies.
+    """
+    scan = workspace.cached("scan", partial(_scan, spec, row_source, cells, run_tasks))
+    library_size = _choose_library_size(spec, cells, scan)
+    num_empty = _report_empty_cells(scan["nnz"])
+    target_sum = compute_target_sum(library_size)
+    if target_sum <= 0:
+        raise StoreError(
+            f"the median library size of the {cells.rows.size} cells of {spec.input} is "
+            f"{target_sum:g}: more than half of them have no counts; filter them out (data.keep)"
+        )
+    factors = compute_size_factors(library_size, target_sum)
+    genes = workspace.cached("genes", partial(_rank, spec, row_source, cells, factors, run_tasks))
+    hvg_index = np.flatnonzero(genes["highly_variable"])
+    order = cells.store_order()
+    indptr = np.concatenate([[0], np.cumsum(scan["nnz"][order])])
+    layout = plan_layout(
+        num_cells=order.size,
+        num_genes=source.num_genes,
+        num_hvg=hvg_index.size,
+        nnz=int(indptr[-1]),
+        rows_per_block=spec.rows_per_block,
+    )
+    rows = cells.rows[order]
+    gene_columns = ("highly_variable", "means", "dispersions", "dispersions_norm")
+    var = read_table(source, "var")
+    return StoreContent(
+        plan=StorePlan(layout, indptr, rows, factors[order], hvg_index),
+        obs=cells.obs.iloc[order].assign(
+            source_row=source.row_in_file(rows), library_size=library_size[order]
+        ),
+        var=var.assign(**{name: genes[name] for name in gene_columns}),
+        target_sum=target_sum,
+        hvg_nnz=int(genes["nnz"][hvg_index].sum()),
+        counts=_count(layout, cells, num_empty, genes["nnz"]),
+    )
+
+
+def _count(
+    layout: StoreLayout, cells: Cells, num_empty: int, nnz_G: npt.NDArray[np.int64]
+) -> dict[str, int]:
+    return {
+        "cells": layout.num_cells,
+        "genes": layout.num_genes,
+        "hvg": layout.num_hvg,
+        "perturbations": len(cells.labels.pert.names) - 1,
+        "nnz": layout.nnz,
+        "cells_without_counts": num_empty,
+        "genes_never_seen": int((nnz_G == 0).sum()),
+    }
+
+
+def _report_empty_cells(nnz: npt.NDArray[np.int64]) -> int:
+    num_empty = int((nnz == 0).sum())
+    if num_empty:
+        logger.warning("%d of %d cells have no counts: kept, with all genes 0", num_empty, nnz.size)
+    return num_empty
+
+
+def _scan(
+    spec: PreprocessSpec, source: CountSource, cells: Cells, run_tasks: TaskRunner
+) -> dict[str, npt.NDArray[Any]]:
+    blocks = [SourceBlock(rows) for rows in _cut(cells.rows, spec.rows_per_block)]
+    task = partial(scan_block, source=source)
+    scans = list(run_tasks(task, blocks, what="check counts", unit="cells"))
+    return {
+        "library_size": np.concatenate([scan.library_size for scan in scans]),
+        "nnz": np.concatenate([scan.nnz for scan in scans]),
+    }
+
+
+def _rank(
+    spec: PreprocessSpec,
+    source: CountSource,
+    cells: Cells,
+    factors: npt.NDArray[np.float32],
+    run_tasks: TaskRunner,
+) -> dict[str, npt.NDArray[Any]]:
+    size = spec.rows_per_block
+    pairs = zip(_cut(cells.rows, size), _cut(factors, size), strict=True)
+    blocks = [SourceBlock(rows, part) for rows, part in pairs]
+    task = partial(gather_moments, source=source)
+    parts = run_tasks(task, blocks, what="moments", unit="cells")
+    moments = reduce(GeneMoments.merge, parts, GeneMoments.zeros(source.num_genes))
+    table = select_highly_variable(moments, spec.n_top_genes)
+    return {"nnz": moments.nnz_G, **{str(name): table[name].to_numpy() for name in table}}
+
+
+def _cut(values: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
+    return [values[start : start + size] for start in range(0, values.size, size)]
+
+
+def _choose_library_size(
+    spec: PreprocessSpec, cells: Cells, scan: Mapping[str, npt.NDArray[Any]]
+) -> npt.NDArray[np.float64]:
+    given = cells.given_library_size
+    if given is None:
+        return scan["library_size"]
+    is_bad = (given == 0) & (scan["library_size"] > 0)
+    if is_bad.any():
+        first = int(np.argmax(is_bad))
+        raise StoreError(
+            f"obs column {spec.library_size_col!r} (data.library_size_col) is 0 for cell "
+            f"{cells.obs.index[first]!r}, which has {scan['library_size'][first]:g} counts"
+        )
+    num_short = int((given < scan["library_size"]).sum())
+    if num_short:
+        logger.warning(
+            "obs column %r (data.library_size_col) is below the row sum for %d of %d cells",
+            spec.library_size_col,
+            num_short,
+            given.size,
+        )
+    return given

@@ -1,0 +1,153 @@
+"""Mend a damaged store: make the files that are missing or changed anew from the input.
+
+Only what is damaged is made again, in ``STORE.repair.partial``, and it takes its place only if it
+has the checksum that the manifest recorded. Tested by
+``pytest tests/unit/data_store/test_repair.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_store.annotations import consolidate_metadata, write_annotations
+from data_store.atlas import open_source
+from data_store.files import full_disk_is_a_user_error, sync_tree
+from data_store.hints import some
+from data_store.ingest import CountSource
+from data_store.locate import describe_input, explain_change
+from data_store.manifest import Manifest, is_intact, list_damaged, read_manifest
+from data_store.normalize import compute_size_factors
+from data_store.preprocess_plan import PreprocessSpec, StorePlan, plan_store, read_cells
+from data_store.preprocess_tasks import WriteJob, plan_store_blocks, write_block
+from data_store.schema import InputPath, ObsColumns, StoreError, TaskRunner, run_in_process
+from data_store.shards import create_arrays, plan_layout
+from data_store.store import Store
+from data_store.transpose import transpose_columns
+from data_store.workspace import Workspace
+
+
+def repair_store(path: Path, run_tasks: TaskRunner = run_in_process) -> list[str]:
+    """Make the damaged files of a store anew, and return their names.
+
+    Parameters
+    ----------
+    path
+        A finished store.
+    run_tasks
+        Maps the tasks, in this process or on a cluster.
+
+    Raises
+    ------
+    StoreError
+        If the manifest itself is damaged, the input is gone or changed, or what is made from it
+        is not what the manifest recorded. The store is then left as it was.
+    """
+    path = path.absolute()
+    manifest = read_manifest(path)
+    damaged = list_damaged(path, manifest)
+    if not damaged:
+        return []
+    spec = _restore_spec(path, manifest)
+    _refuse_other_input(path, spec.input, manifest)
+    source = open_source(spec.input, spec.layer, spec.genes)
+    out = path.with_name(f"{path.name}.repair")
+    key = {"source": manifest.source, "spec": manifest.spec, "damaged": damaged}
+    with full_disk_is_a_user_error(path), Workspace.open(out, key) as workspace:
+        _make_anew(spec, manifest, source, damaged, workspace, run_tasks)
+        differing = _list_differing(manifest, damaged, workspace.root)
+        if not differing:
+            sync_tree(workspace.root)
+            for name in damaged:
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (workspace.root / name).replace(path / name)
+        workspace.discard()
+    if differing:
+        raise StoreError(
+            f"{path} cannot be repaired: made anew from its input, {some(differing)} is not what "
+            "the manifest recorded. It was written by other versions of the software; remove the "
+            "folder and run 'statewide preprocess' anew"
+        )
+    return damaged
+
+
+def _restore_spec(path: Path, manifest: Manifest) -> PreprocessSpec:
+    made_with = manifest.spec
+    location = manifest.source["path"]
+    return PreprocessSpec(
+        input=location if "://" in location else Path(location),
+        out=path,
+        columns=ObsColumns(**{key: made_with[key] for key in asdict(ObsColumns())}),
+        library_size_col=made_with["library_size_col"],
+        keep=made_with["keep"],
+        n_top_genes=made_with["n_top_genes"],
+        rows_per_block=manifest.rows_per_block,
+        layer=made_with["layer"],
+        genes=made_with["genes"],
+    )
+
+
+def _refuse_other_input(path: Path, location: InputPath, manifest: Manifest) -> None:
+    advice = "run 'statewide preprocess' anew, or copy the store again"
+    try:
+        change = explain_change(manifest.source, describe_input(location))
+    except StoreError as error:
+        raise StoreError(
+            f"{path} cannot be repaired without the input it was made from: {error}. Put it back, "
+            f"{advice}"
+        ) from error
+    if change is not None:
+        raise StoreError(
+            f"{path} cannot be repaired: its input {location} has changed since ({change}); "
+            f"{advice}"
+        )
+
+
+def _make_anew(
+    spec: PreprocessSpec,
+    manifest: Manifest,
+    source: CountSource,
+    damaged: Sequence[str],
+    workspace: Workspace,
+    run_tasks: TaskRunner,
+) -> None:
+    row_source = transpose_columns(source, workspace.rows, run_tasks)
+    if all("/c/" in name and name.startswith(("X/data", "X/indices", "obsm/")) for name in damaged):
+        plan = _read_plan(spec.out, manifest)
+        create_arrays(workspace.root, plan.layout, plan.indptr)
+    else:
+        cells = read_cells(spec, source)
+        content = plan_store(spec, source, row_source, cells, workspace, run_tasks)
+        plan = content.plan
+        create_arrays(workspace.root, plan.layout, plan.indptr)
+        write_annotations(workspace.root, content.obs, content.var)
+        consolidate_metadata(workspace.root)
+    blocks = [
+        block
+        for block in plan_store_blocks(plan.layout, plan.indptr, plan.rows, plan.size_factors)
+        if not set(damaged).isdisjoint(block.shards(plan.layout))
+    ]
+    job = WriteJob(workspace.root, workspace.records, row_source, plan.layout, plan.hvg_index)
+    list(run_tasks(partial(write_block, job=job), blocks, what="repair", unit="cells"))
+
+
+def _read_plan(path: Path, manifest: Manifest) -> StorePlan:
+    """Take the plan from the intact tables of the store: no pass over the input is needed."""
+    store = Store.load(path, manifest)
+    layout = plan_layout(
+        num_cells=store.num_cells,
+        num_genes=len(store.genes),
+        num_hvg=store.hvg_index.size,
+        nnz=int(store.indptr[-1]),
+        rows_per_block=manifest.rows_per_block,
+    )
+    factors = compute_size_factors(store.library_size, store.target_sum)
+    return StorePlan(layout, store.indptr, np.asarray(store.source_row), factors, store.hvg_index)
+
+
+def _list_differing(manifest: Manifest, names: Sequence[str], made: Path) -> list[str]:
+    return [name for name in names if not is_intact(made / name, manifest.files[name])]
