@@ -151,7 +151,18 @@ def check_gene_names(var: pd.DataFrame, path: Path) -> tuple[str, ...]:
 
 
 def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_matrix:
-    """Read rows of raw counts in the order asked for.
+    """Read rows of raw counts in the order asked for: ``read_rows`` of whole numbers.
+
+    Raises
+    ------
+    StoreError
+        As ``read_rows``, and if a value is not whole.
+    """
+    return _read_checked(source, rows, whole=True)
+
+
+def read_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_matrix:
+    """Read rows of expression in the order asked for.
 
     Parameters
     ----------
@@ -167,8 +178,14 @@ def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_
     Raises
     ------
     StoreError
-        If a value is negative, not whole or not finite, or the matrix is damaged.
+        If a value is negative or not finite, or the matrix is damaged.
     """
+    return _read_checked(source, rows, whole=False)
+
+
+def _read_checked(
+    source: CountSource, rows: npt.NDArray[np.int64], *, whole: bool
+) -> sp.csr_matrix:
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
     with open_h5ad(source.path) as file:
@@ -177,7 +194,7 @@ def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_
             counts = read(file, source, ascending)
         except OSError as error:
             raise StoreError(f"X of {source.path} cannot be read: {error}") from error
-    _check_raw_counts(counts, ascending, source.path)
+    _check_values(counts, ascending, source.path, whole=whole)
     counts = sp.csr_matrix(counts, dtype=np.float32)
     if not counts.has_canonical_format:
         counts.sum_duplicates()
@@ -187,24 +204,32 @@ def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_
     return counts[np.argsort(order, kind="stable")]
 
 
-def _check_raw_counts(counts: sp.csr_matrix, rows: npt.NDArray[np.int64], path: Path) -> None:
+def _check_values(
+    counts: sp.csr_matrix, rows: npt.NDArray[np.int64], path: Path, *, whole: bool
+) -> None:
     values = counts.data
     if values.dtype.kind not in ("b", "i", "u", "f"):
-        raise StoreError(f"X of {path} holds {values.dtype} values; raw counts are numbers")
+        raise StoreError(f"X of {path} holds {values.dtype} values; expression is numbers")
     if values.dtype.kind in ("b", "u"):
         return
     is_bad = values < 0
     if values.dtype.kind == "f":
         is_bad |= ~np.isfinite(values)
-        is_bad |= values != np.floor(values)
+        if whole:
+            is_bad |= values != np.floor(values)
     if not is_bad.any():
         return
     first = int(np.argmax(is_bad))
     row = int(rows[np.searchsorted(counts.indptr, first, side="right") - 1])
+    found = f"X of {path} holds {values[first]:g} (row {row}, gene {int(counts.indices[first])})"
+    if whole:
+        raise StoreError(
+            f"{found}, but raw counts are whole numbers >= 0. Is X already normalised? "
+            "Give the h5ad with raw counts (data.input)"
+        )
     raise StoreError(
-        f"X of {path} holds {values[first]:g} (row {row}, gene {int(counts.indices[first])}), "
-        "but raw counts are whole numbers >= 0. Is X already normalised? "
-        "Give the h5ad with raw counts (data.input)"
+        f"{found}, but raw counts and their log1p are finite and >= 0. Is X scaled or corrected? "
+        "Give the h5ad with raw or log-normalised counts"
     )
 
 
