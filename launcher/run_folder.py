@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "data.resident_gib",
     "data.rows_per_block",
     "evaluate.",
+    "statistics.",
     "train.log_every_steps",
 )
 
@@ -41,9 +42,11 @@ class RunFolder:
         self.deepspeed = path / "deepspeed.json"
         self.stages = path / "stages"
         self.store = path / "store"
+        self.statistics = path / "statistics"
         self.splits = path / "splits.toml"
         self.features = path / "features.json"
         self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tb"
         self.metrics = path / "metrics.jsonl"
         self.predictions = path / "predictions"
         self.evaluation = path / "evaluation"

@@ -27,7 +27,7 @@ ONLY_IN = {
     "scanpy": ("data_store",),
     "zarr": ("data_store",),
     "h5py": ("data_store",),
-    "typer": ("launcher.cli",),
+    "typer": ("launcher.cli", "launcher.cli_options", "launcher.cli_statistics"),
 }
 
 
