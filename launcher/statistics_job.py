@@ -34,8 +34,8 @@ _MEAN_LABELS = {
     "log1p": "mean log1p expression of a gene",
     "unknown": "mean value of a gene per cell",
 }
-# Knock-downs listed on the console; the table has them all.
-_MAX_LISTED = 40
+# With more knock-downs than this, the console leaves them to the table.
+_MAX_LISTED = 20
 
 
 class StatisticsFiles:
@@ -129,7 +129,11 @@ def write_deltas(
     )
     pictures = {files.delta_distribution.stem: files.delta_distribution}
     lines = [_describe_deltas(cells, deltas)]
-    if thresholds is not None:
+    if thresholds is None:
+        # Those of an earlier call need not belong to these deltas.
+        files.knockdown.unlink(missing_ok=True)
+        files.knockdown_plot.unlink(missing_ok=True)
+    else:
         knockdown = judge_knockdown(cells, deltas, thresholds)
         _write_csv(files.knockdown, knockdown.table)
         picture = draw_knockdown(knockdown.table, thresholds.residual_pert)
@@ -171,20 +175,20 @@ def _describe_deltas(cells: LabelledExpression, deltas: PertDeltas) -> str:
 
 def _describe_knockdown(knockdown: Knockdown) -> str:
     table = knockdown.table
-    measured = table.dropna(subset="residual")
+    measured = table.dropna(subset="residual").sort_values("residual")
     num_down = int((measured["residual"] < 1).sum())
     rows = [
         f"  {row.perturbation}: residual {row.residual:.3f}, "
-        + (f"{row.num_kept_cells:,} of {row.num_cells:,} cells kept" if row.is_kept else row.reason)
-        for row in measured.sort_values("residual").head(_MAX_LISTED).itertuples()
+        + (f"{row.num_kept_cells:,} of {row.num_cells:,} cells pass" if row.is_kept else row.reason)
+        for row in measured.itertuples()
     ]
     return "\n".join(
         [
             f"knock-down: {num_down} of {len(measured)} measured targets go down "
             f"({len(table) - len(measured)} not measured)",
-            *rows,
+            *(rows if len(rows) <= _MAX_LISTED else []),
             f"filter: {int(table['is_kept'].sum())} of {len(table)} perturbations and "
-            f"{int(knockdown.is_kept_N.sum()):,} of {knockdown.is_kept_N.size:,} cells kept, "
+            f"{int(knockdown.is_kept_N.sum()):,} of {knockdown.is_kept_N.size:,} cells pass, "
             "controls included",
         ]
     )
