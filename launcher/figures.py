@@ -53,7 +53,7 @@ def draw_gene_means(mean_G: npt.NDArray[np.float64], label: str) -> bytes:
     ----------
     mean_G
         [G] mean of each gene. Genes with a mean of 0 have no place on the axis and are counted
-        in words.
+        in words; the median is that of the others.
     label
         What the means are, such as ``mean count of a gene per cell``.
     """
@@ -64,18 +64,28 @@ def draw_gene_means(mean_G: npt.NDArray[np.float64], label: str) -> bytes:
         if shown.size:
             axes.hist(shown, bins=_log_bins(shown), color=_BLUE, edgecolor="white", linewidth=0.3)
             middle = float(np.median(shown))
-            axes.axvline(middle, color=_VERMILION, linewidth=1, label=f"median {middle:.2g}")
+            axes.axvline(middle, color=_VERMILION, linewidth=1)
+            axes.annotate(
+                f"median {middle:.2g}",
+                (middle, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color=_VERMILION,
+            )
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(numticks=8))
             axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.legend(loc="upper right")
         axes.set(xlabel=label, ylabel="number of genes")
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
         hidden = mean_G.size - shown.size
         note = f", {hidden:,} of them never expressed" if hidden else ""
-        axes.set_title(f"{mean_G.size:,} genes{note}", loc="left", color=_DARK)
+        # Above the median's label, wherever that lies.
+        axes.set_title(f"{mean_G.size:,} genes{note}", loc="left", color=_DARK, pad=13)
         return _to_png(figure)
 
 
@@ -201,7 +211,7 @@ def _log_bins(values: npt.NDArray[np.float64]) -> list[float]:
 def _plain_number(value: float, position: int | None = None) -> str:
     """Write powers of ten as people do: 0.01, 1, 1,000; far out that, as 10 to a power."""
     del position
-    if value == 0 or 1e-4 <= value < 1e6:
+    if value == 0 or 1e-4 <= value < 1e5:
         return f"{value:,.10g}"
     return f"$10^{{{np.log10(value):.0f}}}$" if value > 0 else ""
 
