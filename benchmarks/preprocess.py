@@ -121,14 +121,14 @@ def prepare_store(atlas: str, small: str) -> Task:
 
 def prepare_selection(atlas: str, small: str) -> Task:
     """Time the first two passes of ``preprocess``, which select the genes and write nothing."""
+    from data_store.atlas import open_source
     from data_store.genes import select_highly_variable
-    from data_store.ingest import inspect_h5ad
     from data_store.moments import GeneMoments
     from data_store.normalize import compute_size_factors, compute_target_sum
     from data_store.preprocess_tasks import SourceBlock, gather_moments, scan_block
 
     def select(source: str) -> Any:
-        counts = inspect_h5ad(Path(source))
+        counts = open_source(Path(source))
         starts = range(0, counts.num_cells, ROWS_PER_BLOCK)
         stops = [min(start + ROWS_PER_BLOCK, counts.num_cells) for start in starts]
         blocks = [np.arange(*ends) for ends in zip(starts, stops, strict=True)]

@@ -20,26 +20,32 @@ from data_store.schema import StoreError
 _HASH_BLOCK_BYTES = 1 << 20
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it into place.
+@contextmanager
+def file_made_whole(final: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``final``, flushed and renamed when the block ends well.
 
     Raises
     ------
     StoreError
         When the disk is full; the temporary file is removed and the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with full_disk_is_a_user_error(path):
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    with full_disk_is_a_user_error(final):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as handle:
-                handle.write(content)
-                handle.flush()
+            final.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
-            temporary.replace(path)
-            _sync_entry(path.parent)
+            temporary.replace(final)
+            _sync_entry(final.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file as ``file_made_whole`` does."""
+    with file_made_whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -142,7 +142,18 @@ def _missing_matrix(file: Group, layer: str | None, location: InputPath) -> str:
 
 
 def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_matrix:
-    """Read rows of raw counts in the order asked for.
+    """Read rows of raw counts in the order asked for: ``read_rows`` of whole numbers.
+
+    Raises
+    ------
+    StoreError
+        As ``read_rows``, and if a value is not whole.
+    """
+    return _read_checked(source, rows, whole=True)
+
+
+def read_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_matrix:
+    """Read rows of expression in the order asked for.
 
     Parameters
     ----------
@@ -158,13 +169,19 @@ def read_count_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_
     Raises
     ------
     StoreError
-        If a value is negative, not whole or not finite, or a matrix is damaged.
+        If a value is negative or not finite, or a matrix is damaged.
     """
+    return _read_checked(source, rows, whole=False)
+
+
+def _read_checked(
+    source: CountSource, rows: npt.NDArray[np.int64], *, whole: bool
+) -> sp.csr_matrix:
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
     ends = np.searchsorted(ascending, source.bounds)
     parts = [
-        _read_file_rows(file, source.num_genes, ascending[lo:hi] - start)
+        _read_file_rows(file, source.num_genes, ascending[lo:hi] - start, whole=whole)
         for file, start, lo, hi in zip(
             source.files, source.bounds[:-1], ends[:-1], ends[1:], strict=True
         )
@@ -195,12 +212,12 @@ def open_matrix(source: SourceFile) -> Iterator[Any]:
 
 
 def _read_file_rows(
-    source: SourceFile, num_genes: int, rows: npt.NDArray[np.int64]
+    source: SourceFile, num_genes: int, rows: npt.NDArray[np.int64], *, whole: bool
 ) -> sp.csr_matrix:
     with open_matrix(source) as node:
         read = {"dense": _read_dense_rows, "csr": _read_csr_rows}[source.layout]
         counts = read(node, source, rows)
-    _check_raw_counts(counts, rows, source)
+    _check_values(counts, rows, source, whole=whole)
     counts = sp.csr_matrix(counts, dtype=np.float32)
     if source.gene_map is not None:
         counts = _rename_columns(counts, source.gene_map, num_genes)
@@ -220,28 +237,34 @@ def _rename_columns(
     return sp.csr_matrix((values, np.maximum(genes, 0), counts.indptr), shape=shape)
 
 
-def _check_raw_counts(
-    counts: sp.csr_matrix, rows: npt.NDArray[np.int64], source: SourceFile
+def _check_values(
+    counts: sp.csr_matrix, rows: npt.NDArray[np.int64], source: SourceFile, *, whole: bool
 ) -> None:
     values = counts.data
     where = f"{source.matrix} of {source.name}"
     if values.dtype.kind not in ("b", "i", "u", "f"):
-        raise StoreError(f"{where} holds {values.dtype} values; raw counts are numbers")
+        raise StoreError(f"{where} holds {values.dtype} values; expression is numbers")
     if values.dtype.kind in ("b", "u"):
         return
     is_bad = values < 0
     if values.dtype.kind == "f":
         is_bad |= ~np.isfinite(values)
-        is_bad |= values != np.floor(values)
+        if whole:
+            is_bad |= values != np.floor(values)
     if not is_bad.any():
         return
     first = int(np.argmax(is_bad))
     row = source.first_row + int(rows[np.searchsorted(counts.indptr, first, side="right") - 1])
+    found = f"{where} holds {values[first]:g} (row {row}, gene {int(counts.indices[first])})"
     others = _other_matrices(source)
     advice = f"choose one of its other matrices (data.layer, --layer): {others}" if others else ""
+    if not whole:
+        raise StoreError(
+            f"{found}, but raw counts and their log1p are finite and >= 0. Is it scaled or "
+            f"corrected? Give a file with raw or log-normalised counts{advice and ', or ' + advice}"
+        )
     raise StoreError(
-        f"{where} holds {values[first]:g} (row {row}, gene {int(counts.indices[first])}), "
-        "but raw counts are whole numbers >= 0. Is it already normalised? "
+        f"{found}, but raw counts are whole numbers >= 0. Is it already normalised? "
         f"Give a file with raw counts (data.input){advice and ', or ' + advice}"
     )
 

@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+# log1p of a count above three million: no normalised cell reaches it, raw counts do.
+MAX_LOG1P = 15
+
 
 def compute_library_size(counts: sp.csr_matrix) -> npt.NDArray[np.float64]:
     """Return the [N] row sums, accumulated in float64."""

@@ -6,6 +6,7 @@ Labels are compared as strings, so ``true`` in a recipe matches a boolean column
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import pandas as pd
 
 from data_store.hints import nearest, some
 from data_store.schema import ObsColumns, StoreError
+
+logger = logging.getLogger(__name__)
 
 ONE_LABEL = "all"
 """Name of the only context or batch when no column is given."""
@@ -178,6 +181,36 @@ def read_library_sizes(obs: pd.DataFrame, column: str, path: Path) -> npt.NDArra
             f"{obs.index[first]!r}; library sizes are finite and >= 0"
         )
     return sizes
+
+
+def check_library_sizes(
+    given: npt.NDArray[np.float64],
+    row_sum: npt.NDArray[np.float64],
+    column: str,
+    names: pd.Index,
+) -> None:
+    """Hold library sizes from ``obs`` against the counts: [N] each, and the [N] cell names.
+
+    Raises
+    ------
+    StoreError
+        If a cell with counts has a library size of 0. Sizes below the row sum are warned of.
+    """
+    is_bad = (given == 0) & (row_sum > 0)
+    if is_bad.any():
+        first = int(np.argmax(is_bad))
+        raise StoreError(
+            f"obs column {column!r} (data.library_size_col) is 0 for cell {names[first]!r}, which "
+            f"has {row_sum[first]:g} counts"
+        )
+    num_short = int((given < row_sum).sum())
+    if num_short:
+        logger.warning(
+            "obs column %r (data.library_size_col) is below the row sum for %d of %d cells",
+            column,
+            num_short,
+            given.size,
+        )
 
 
 def _as_text(value: object) -> str:

@@ -24,6 +24,7 @@ from data_store.moments import GeneMoments
 from data_store.normalize import compute_size_factors, compute_target_sum
 from data_store.obs_labels import (
     CellLabels,
+    check_library_sizes,
     read_cell_labels,
     read_library_sizes,
     select_cells,
@@ -274,21 +275,7 @@ def _choose_library_size(
     spec: PreprocessSpec, cells: Cells, scan: Mapping[str, npt.NDArray[Any]]
 ) -> npt.NDArray[np.float64]:
     given = cells.given_library_size
-    if given is None:
+    if given is None or spec.library_size_col is None:
         return scan["library_size"]
-    is_bad = (given == 0) & (scan["library_size"] > 0)
-    if is_bad.any():
-        first = int(np.argmax(is_bad))
-        raise StoreError(
-            f"obs column {spec.library_size_col!r} (data.library_size_col) is 0 for cell "
-            f"{cells.obs.index[first]!r}, which has {scan['library_size'][first]:g} counts"
-        )
-    num_short = int((given < scan["library_size"]).sum())
-    if num_short:
-        logger.warning(
-            "obs column %r (data.library_size_col) is below the row sum for %d of %d cells",
-            spec.library_size_col,
-            num_short,
-            given.size,
-        )
+    check_library_sizes(given, scan["library_size"], spec.library_size_col, cells.obs.index)
     return given

@@ -8,15 +8,10 @@ Tests: ``pytest tests/unit/data_store/test_simulate.py``.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
-import os
 import pickle
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,7 +21,6 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from anndata.io import write_elem
 
@@ -40,7 +34,8 @@ from data_store.atlas_model import (
     draw_counts,
     plan_cells,
 )
-from data_store.files import full_disk_is_a_user_error, write_bytes_atomically
+from data_store.csr_writer import CsrWriter
+from data_store.files import file_made_whole, write_bytes_atomically
 from data_store.schema import ObsColumns, StoreError, TaskRunner, run_in_process
 
 __all__ = ["SimulationSpec", "gene_names", "simulate_atlas", "truth_path"]
@@ -50,11 +45,6 @@ logger = logging.getLogger(__name__)
 # Part of what a seed means, so not a setting.
 _ROWS_PER_BLOCK = 512
 _MODEL_VERSION = 1
-_CHUNK_ELEMENTS = 1 << 18
-# Room for one block without compression, for indptr, and for metadata.
-_BYTES_PER_ELEMENT = 12
-_BYTES_PER_ROW = 8
-_SPARE_BYTES = 16 << 20
 _COLUMNS = ObsColumns(cell_type_key="cell_type", batch_col="batch")
 
 
@@ -94,14 +84,12 @@ def simulate_atlas(
         logger.info("%s holds this simulation already", out)
         return
     plan = plan_cells(spec)
-    with _replacing(out) as temporary, h5py.File(temporary, "w") as file:
+    with file_made_whole(out) as temporary, h5py.File(temporary, "w") as file:
         _write_annotations(file, spec, model, plan)
-        matrix = _CsrWriter(file, spec.num_cells, spec.num_genes)
+        matrix = CsrWriter(file, spec.num_cells, spec.num_genes)
         blocks = cut_blocks(plan, _ROWS_PER_BLOCK)
         draw = partial(draw_counts, model=model, seed=spec.seed)
         for counts in run_tasks(draw, blocks, what="simulate", unit="cells"):
-            needed_bytes = counts.nnz * _BYTES_PER_ELEMENT + spec.num_cells * _BYTES_PER_ROW
-            _check_free_space(out.parent, needed_bytes)
             matrix.append(counts)
         matrix.finish()
 
@@ -118,49 +106,6 @@ def truth_path(out: Path) -> Path:
 def gene_names(num_genes: int) -> list[str]:
     """Name the genes of an atlas: G00000, G00001, ..."""
     return [f"G{gene:05d}" for gene in range(num_genes)]
-
-
-class _CsrWriter:
-    """Appends rows to the ``X`` of an h5ad, in AnnData's layout for CSR matrices."""
-
-    def __init__(self, file: h5py.File, num_rows: int, num_columns: int) -> None:
-        self._file = file
-        self._group = file.create_group("X")
-        self._num_columns = num_columns
-        self._row_nnz: list[npt.NDArray[np.int64]] = []
-        # scipy wants indices and indptr of one type, and the number of elements comes last.
-        fits_int32 = num_rows * num_columns <= np.iinfo(np.int32).max
-        self._index_dtype = np.int32 if fits_int32 else np.int64
-        # Kept open: h5py ignores what goes wrong while a dataset that nobody holds is closed.
-        self._datasets = {
-            name: self._group.create_dataset(
-                name,
-                shape=(0,),
-                maxshape=(None,),
-                dtype=dtype,
-                chunks=(_CHUNK_ELEMENTS,),
-                compression="gzip",
-                compression_opts=1,
-                shuffle=True,
-            )
-            for name, dtype in (("data", np.float32), ("indices", self._index_dtype))
-        }
-
-    def append(self, rows: sp.csr_matrix) -> None:
-        self._row_nnz.append(np.diff(rows.indptr).astype(np.int64))
-        for name, values in (("data", rows.data), ("indices", rows.indices)):
-            dataset = self._datasets[name]
-            start = dataset.shape[0]
-            dataset.resize((start + len(values),))
-            dataset[start:] = values
-        self._file.flush()
-
-    def finish(self) -> None:
-        indptr = np.concatenate([[0], np.cumsum(np.concatenate(self._row_nnz))])
-        self._group.create_dataset("indptr", data=indptr.astype(self._index_dtype))
-        attributes = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0"}
-        self._group.attrs.update(attributes)
-        self._group.attrs["shape"] = np.array([len(indptr) - 1, self._num_columns])
 
 
 def _write_annotations(
@@ -261,24 +206,3 @@ def _write_truth(path: Path, spec: SimulationSpec, model: AtlasModel) -> None:
         genes=genes,
     )
     write_bytes_atomically(path, buffer.getvalue())
-
-
-def _check_free_space(folder: Path, needed_bytes: int) -> None:
-    """Stop before the disk is full: HDF5 then loses chunks, and may crash the process at exit."""
-    if shutil.disk_usage(folder).free < _SPARE_BYTES + needed_bytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder, and put it in place once it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with full_disk_is_a_user_error(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -187,6 +187,10 @@ class Store:
         """Read all ``obs`` columns of some rows, under the cells' own names."""
         return read_elem(_open_group(self.path, "obs")).iloc[rows]
 
+    def read_var(self) -> pd.DataFrame:
+        """Read all ``var`` columns, under the genes' names."""
+        return read_elem(_open_group(self.path, "var"))
+
     def verify(self) -> list[str]:
         """Read every file and return the names of those that are missing or damaged."""
         return list_damaged(self.path, self.manifest)

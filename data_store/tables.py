@@ -24,6 +24,7 @@ from zarr.storage import LocalStore
 from data_store.containers import open_anndata
 from data_store.files import full_disk_is_a_user_error
 from data_store.hints import nearest, some
+from data_store.normalize import MAX_LOG1P
 from data_store.obs_labels import read_labels
 from data_store.schema import (
     CellTable,
@@ -34,9 +35,6 @@ from data_store.schema import (
     StoreError,
 )
 from data_store.store import ROWS_PER_READ, Store
-
-# log1p of a count above three million: no normalised cell reaches it, raw counts do.
-MAX_LOG1P = 15
 
 
 def read_cell_table(

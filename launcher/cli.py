@@ -1,4 +1,4 @@
-"""The command line: ``statewide run|preprocess|split|train|predict|evaluate|...``.
+"""The command line: ``statewide run|preprocess|stats|deltas|split|train|...``.
 
 A command's answer goes to standard output; a user's mistake to standard error, with exit code 2.
 Heavy packages are imported inside the commands, so that ``--help`` answers at once.
@@ -6,11 +6,9 @@ Heavy packages are imported inside the commands, so that ``--help`` answers at o
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -20,13 +18,12 @@ import typer
 from pydantic import ValidationError
 
 from data_store.schema import SPLIT_NAMES, GeneChoice, UserError
-from launcher import cli_store
+from launcher import cli_statistics, cli_store
+from launcher.cli_options import AddressOpt, LocalOpt, open_cluster
 from launcher.errors import Interrupted
 
 if TYPE_CHECKING:
     from launcher.pipeline import Pipeline, StageName
-    from launcher.progress import Reporter
-    from launcher.ray_cluster import RayCluster, ThisProcess
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -47,11 +44,6 @@ ConfigArg = Annotated[Path, typer.Argument(help="Recipe in TOML, such as configs
 OverridesArg = Annotated[
     list[str] | None, typer.Argument(help="Changes to the recipe: key.sub=value ...")
 ]
-AddressOpt = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster to use; default: RAY_ADDRESS, or a Ray started here."),
-]
-LocalOpt = Annotated[bool, typer.Option("--local", help="Run everything in this process.")]
 OverwriteOpt = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run folder's results and start again.")
 ]
@@ -155,9 +147,13 @@ def preprocess(
     spec = build_spec(data, out.absolute())
     if no_perturbations:
         spec = replace(spec, columns=replace(spec.columns, pert_col=None))
-    with _open_cluster(address, local=local) as (cluster, _):
+    with open_cluster(address, local=local) as (cluster, _):
         store = make_store(spec, cluster.run_tasks)
     typer.echo(describe_briefly(store))
+
+
+app.command()(cli_statistics.stats)
+app.command()(cli_statistics.deltas)
 
 
 @app.command()
@@ -335,30 +331,10 @@ def _run_until(
     from state.recipe import load_config
 
     config = load_config(config_path, overrides or ())
-    with _open_cluster(address, local=local) as (cluster, reporter):
+    with open_cluster(address, local=local) as (cluster, reporter):
         pipeline = Pipeline(config, cluster, reporter)
         pipeline.run(overwrite=overwrite, until=until)
     return pipeline
-
-
-@contextlib.contextmanager
-def _open_cluster(
-    address: str | None, *, local: bool
-) -> Iterator[tuple[RayCluster | ThisProcess, Reporter]]:
-    from launcher.errors import LaunchError
-    from launcher.progress import Reporter
-    from launcher.ray_cluster import RayCluster, ThisProcess
-
-    if local and address:
-        raise LaunchError(
-            f"--local runs in this process, --address {address} on a cluster: give one of them"
-        )
-    reporter = Reporter()
-    cluster = ThisProcess(reporter) if local else RayCluster(address, reporter)
-    try:
-        yield cluster, reporter
-    finally:
-        cluster.close()
 
 
 if __name__ == "__main__":

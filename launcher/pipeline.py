@@ -1,4 +1,4 @@
-"""The whole way: simulate, preprocess, split, train, predict, evaluate.
+"""The whole way: simulate, preprocess, stats, deltas, split, train, predict, evaluate.
 
 Each step is a stage (``launcher.stages``) that is skipped while nothing it depends on changed.
 """
@@ -9,7 +9,7 @@ import json
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from data_store.files import sha256_of_file, write_json_atomically
 from data_store.locate import describe_input, find_files
@@ -24,20 +24,16 @@ from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.run_folder import RunFolder
 from launcher.stages import Stage, StageRunner, fingerprint, identify_file
+from launcher.statistics_stages import deltas_of_run, statistics_of_run, statistics_outputs
 from launcher.train_job import train_here, train_with_ray
 from launcher.train_worker import TrainTask
 from state.config import RunConfig
 from state.training.checkpoint import Checkpoint, CheckpointFolder, find_damaged_files
 
-StageName = Literal["simulate", "preprocess", "split", "train", "predict", "evaluate"]
-STAGE_NAMES: tuple[StageName, ...] = (
-    "simulate",
-    "preprocess",
-    "split",
-    "train",
-    "predict",
-    "evaluate",
-)
+StageName = Literal[
+    "simulate", "preprocess", "stats", "deltas", "split", "train", "predict", "evaluate"
+]
+STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
 
 class Pipeline:
@@ -126,6 +122,8 @@ class Pipeline:
         builders = {
             "simulate": self._simulate_stage,
             "preprocess": self._preprocess_stage,
+            "stats": self._stats_stage,
+            "deltas": self._deltas_stage,
             "split": self._split_stage,
             "train": self._train_stage,
             "predict": self._predict_stage,
@@ -167,6 +165,38 @@ class Pipeline:
             ),
         )
 
+    def _stats_stage(self) -> Stage | None:
+        data = self.config.data
+        if not self.config.statistics.enabled:
+            return None
+        # A store that is used as it is has its source elsewhere, if anywhere.
+        source = None if is_store(data.input) else data.input
+        return Stage(
+            name="stats",
+            fingerprint=fingerprint(
+                "stats", self.store.digest, None if source is None else describe_input(source)
+            ),
+            outputs=statistics_outputs(self.config, self.folder, "stats"),
+            work=lambda: self._reporter.say(
+                statistics_of_run(self.config, self.folder, self.store, self._cluster.run_tasks)
+            ),
+        )
+
+    def _deltas_stage(self) -> Stage | None:
+        statistics = self.config.statistics
+        if not statistics.enabled:
+            return None
+        return Stage(
+            name="deltas",
+            fingerprint=fingerprint(
+                "deltas", self.store.digest, statistics.model_dump(mode="json")
+            ),
+            outputs=statistics_outputs(self.config, self.folder, "deltas"),
+            work=lambda: self._reporter.say(
+                deltas_of_run(self.config, self.folder, self.store, self._cluster.run_tasks)
+            ),
+        )
+
     def _split_stage(self) -> Stage:
         config = self.config
         files = [path for path in (config.split.file, config.features.path) if path is not None]
@@ -191,7 +221,11 @@ class Pipeline:
         return Stage(
             name="train",
             fingerprint=run_fingerprint,
-            outputs=[self.folder.checkpoints, self.folder.metrics, self.folder.path / "tb"],
+            outputs=[
+                self.folder.checkpoints,
+                self.folder.metrics,
+                self.folder.tensorboard / "train",
+            ],
             work=self._train,
             is_costly=True,
             is_whole=lambda: bool(self._checkpoints.complete()),
@@ -312,7 +346,9 @@ def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
     cluster = config.cluster
     gpu = " and 1 GPU" if cluster.use_gpu else ""
     missing = pipeline.missing_inputs()
-    stages = [name for name in STAGE_NAMES if name != "simulate" or config.simulate is not None]
+    left_out = set() if config.simulate is not None else {"simulate"}
+    left_out |= set() if config.statistics.enabled else {"stats", "deltas"}
+    stages = [name for name in STAGE_NAMES if name not in left_out]
     sets_per_step = (
         config.train.micro_batch_size * config.train.grad_accum_steps * cluster.num_workers
     )

@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "data.resident_gib",
     "data.rows_per_block",
     "evaluate.",
+    "statistics.",
     "train.log_every_steps",
 )
 
@@ -31,7 +32,8 @@ _LOCK_NAME = ".lock"
 # What a run makes in its folder: all that --overwrite may delete.
 _OWN_NAMES = (
     *("config.toml", "deepspeed.json", "features.json", "metrics.jsonl", "splits.toml"),
-    *("checkpoints", "evaluation", "logs", "predictions", "stages", "store", "tb"),
+    *("checkpoints", "evaluation", "logs", "predictions", "stages", "statistics"),
+    *("store", "tb"),
     *("evaluation.partial", "predictions.partial", "store.partial"),
 )
 
@@ -51,9 +53,11 @@ class RunFolder:
         self.deepspeed = path / "deepspeed.json"
         self.stages = path / "stages"
         self.store = path / "store"
+        self.statistics = path / "statistics"
         self.splits = path / "splits.toml"
         self.features = path / "features.json"
         self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tb"
         self.metrics = path / "metrics.jsonl"
         self.predictions = path / "predictions"
         self.evaluation = path / "evaluation"

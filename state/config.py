@@ -277,6 +277,21 @@ class EvaluateConfig(_Section):
         return self
 
 
+class StatisticsConfig(_Section):
+    """Tables and pictures of the data, made after preprocessing."""
+
+    enabled: bool = True
+    """Describe the input, the store and the deltas of the perturbations."""
+    knockdown: bool = True
+    """Judge how well each perturbation silences its own gene; a report, which filters nothing."""
+    residual_pert: NonNegativeFloat = 0.30
+    """Largest mean residual expression of a target at which its perturbation passes."""
+    residual_cell: NonNegativeFloat = 0.50
+    """Largest residual expression at which a cell of it passes."""
+    min_cells: PositiveInt = 30
+    """Fewest cells that must pass."""
+
+
 class RunConfig(_Section):
     """Everything one run needs, from the h5ad to the leaderboard."""
 
@@ -288,6 +303,7 @@ class RunConfig(_Section):
     """Seed of the split, the order of the data, the weights and the predictions."""
     simulate: SimulateConfig | None = None
     data: DataConfig
+    statistics: StatisticsConfig = StatisticsConfig()
     split: SplitConfig = SplitConfig()
     features: FeatureConfig = FeatureConfig()
     model: ModelConfig = ModelConfig()

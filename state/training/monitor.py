@@ -30,7 +30,7 @@ class Monitor:
     Parameters
     ----------
     run_dir
-        The run folder; ``tb/`` and ``metrics.jsonl`` are written in it. None: write nothing.
+        The run folder; ``tb/train/`` and ``metrics.jsonl`` are written in it. None: write nothing.
     """
 
     def __init__(self, run_dir: Path | None) -> None:
@@ -56,7 +56,9 @@ class Monitor:
         path = self._run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._writer = SummaryWriter(log_dir=str(self._run_dir / "tb"), purge_step=step + 1)
+        self._writer = SummaryWriter(
+            log_dir=str(self._run_dir / "tb" / "train"), purge_step=step + 1
+        )
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one record: ``{"step": step, tag: value, ...}`` and a TensorBoard point a tag."""

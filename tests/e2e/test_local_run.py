@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launcher.pipeline import STAGE_NAMES
 from tests.support.runs import REPO_ROOT, losses, statewide, statewide_killed_at_step, write_recipe
 
 pytestmark = pytest.mark.e2e
@@ -71,7 +72,7 @@ def test_predictions_have_the_genes_and_obs_of_the_truth(run_dir: Path):
 
 
 def test_tensorboard_and_metrics_hold_the_same_scalars(run_dir: Path):
-    events = EventAccumulator(str(run_dir / "tb"))
+    events = EventAccumulator(str(run_dir / "tb" / "train"))
     events.Reload()
     wanted = {"train/loss", "val/loss", "train/lr", "train/grad_norm"}
     wanted |= {"throughput/cells_per_s", "time/data_wait_pct", "memory/max_rss_gib"}
@@ -84,7 +85,7 @@ def test_tensorboard_and_metrics_hold_the_same_scalars(run_dir: Path):
 def test_a_second_run_skips_everything(recipe: Path):
     again = statewide("run", recipe, "--local")
     assert again.returncode == 0, again.stderr
-    for stage in ("simulate", "preprocess", "split", "train", "predict", "evaluate"):
+    for stage in STAGE_NAMES:
         assert f"{stage}: finished before, nothing changed: skipped" in again.stdout
     assert "Leaderboard" in again.stdout
 

@@ -29,7 +29,12 @@ ONLY_IN = {
     "h5py": ("data_store",),
     "fsspec": ("data_store.remote",),
     "aiohttp": ("data_store.remote",),
-    "typer": ("launcher.cli", "launcher.cli_store"),
+    "typer": (
+        "launcher.cli",
+        "launcher.cli_options",
+        "launcher.cli_statistics",
+        "launcher.cli_store",
+    ),
 }
 
 

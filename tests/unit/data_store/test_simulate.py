@@ -267,7 +267,7 @@ class TestExistingFiles:
 def test_a_full_disk_is_noticed_before_hdf5_meets_it(tmp_path, monkeypatch):
     free = iter([1 << 30, 1 << 10])
     monkeypatch.setattr(
-        "data_store.simulate.shutil.disk_usage", lambda _: SimpleNamespace(free=next(free))
+        "data_store.csr_writer.shutil.disk_usage", lambda _: SimpleNamespace(free=next(free))
     )
     with pytest.raises(StoreError, match=r"no space left.*atlas\.h5ad"):
         simulate_atlas(replace(SMALL, num_cells=1100), tmp_path / "atlas.h5ad")

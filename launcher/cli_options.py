@@ -1,0 +1,46 @@
+"""Options that several commands share, and the cluster they name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from launcher.progress import Reporter
+    from launcher.ray_cluster import RayCluster, ThisProcess
+
+AddressOpt = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to use; default: RAY_ADDRESS, or a Ray started here."),
+]
+LocalOpt = Annotated[bool, typer.Option("--local", help="Run everything in this process.")]
+
+
+@contextlib.contextmanager
+def open_cluster(
+    address: str | None, *, local: bool
+) -> Iterator[tuple[RayCluster | ThisProcess, Reporter]]:
+    """Give what runs the tasks of one command, and close it afterwards.
+
+    Raises
+    ------
+    LaunchError
+        When both options are given.
+    """
+    from launcher.errors import LaunchError
+    from launcher.progress import Reporter
+    from launcher.ray_cluster import RayCluster, ThisProcess
+
+    if local and address:
+        raise LaunchError(
+            f"--local runs in this process, --address {address} on a cluster: give one of them"
+        )
+    reporter = Reporter()
+    cluster = ThisProcess(reporter) if local else RayCluster(address, reporter)
+    try:
+        yield cluster, reporter
+    finally:
+        cluster.close()
