@@ -7,14 +7,16 @@ Heavy packages are imported inside the commands, so that ``--help`` answers at o
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+import typer.core
 from pydantic import ValidationError
 
 from data_store.schema import SPLIT_NAMES, GeneChoice, UserError
@@ -29,7 +31,18 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
+class _Commands(typer.core.TyperGroup):
+    """Commands whose interruption reaches ``main``; typer itself would only say "Aborted"."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="statewide",
     help="Train the STATE perturbation model on Perturb-seq atlases, and judge it honestly.",
     no_args_is_help=True,
@@ -273,8 +286,9 @@ def doctor() -> None:
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # A shell starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except UserError as error:
@@ -296,9 +310,10 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Answer SIGTERM as SIGINT: Ray lets that one through while it waits in C++."""
     del signum, frame
-    raise Interrupted
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _complain(text: str) -> None:

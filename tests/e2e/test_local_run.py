@@ -1,5 +1,6 @@
 """The whole pipeline in one process: outputs, skipping, kill and resume, a changed setting."""
 
+import signal
 from pathlib import Path
 
 import anndata as ad
@@ -141,6 +142,14 @@ def test_a_damaged_checkpoint_is_named_before_it_is_used(run_dir: Path, tmp_path
     assert refused.returncode == 2
     assert "is damaged (model.pt)" in refused.stderr
     assert not (tmp_path / "p.h5ad").exists()
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(by: signal.Signals, tmp_path: Path):
+    recipe = write_recipe(tmp_path)
+    code, said = statewide_killed_at_step(15, tmp_path / "run", "train", recipe, "--local", by=by)
+    assert code == 130
+    assert "interrupted. Run the same command again" in said
 
 
 def test_predict_and_evaluate_work_on_their_own(run_dir: Path, tmp_path: Path):

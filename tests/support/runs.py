@@ -71,8 +71,13 @@ def statewide(*arguments: str | Path, timeout_s: float = 300) -> subprocess.Comp
     )
 
 
-def statewide_killed_at_step(step: int, run_dir: Path, *arguments: str | Path) -> None:
-    """Start the command line and end it with SIGKILL once training has recorded a step."""
+def statewide_killed_at_step(
+    step: int, run_dir: Path, *arguments: str | Path, by: signal.Signals = signal.SIGKILL
+) -> tuple[int, str]:
+    """Start the command line, end it with a signal once training has recorded a step.
+
+    Return its exit code and what it said.
+    """
     log = run_dir.parent / "killed.log"
     with (
         log.open("w") as output,
@@ -85,7 +90,9 @@ def statewide_killed_at_step(step: int, run_dir: Path, *arguments: str | Path) -
             assert process.poll() is None, f"ended before step {step}:\n{log.read_text()}"
             assert time.monotonic() < deadline, f"step {step} was not reached:\n{log.read_text()}"
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(by)
+        exit_code = process.wait(timeout=60)
+    return exit_code, log.read_text()
 
 
 def statewide_with_a_worker_killed_at_step(step: int, run_dir: Path, *arguments: str | Path) -> int:
