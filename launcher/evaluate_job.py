@@ -16,14 +16,10 @@ from data_store.tables import read_cell_table
 from launcher.predict_job import TRUTH
 from launcher.run_folder import RunFolder
 from state.config import RunConfig
-from state.evaluate import (
-    Evaluation,
-    build_leaderboard,
-    evaluate,
-    leaderboard_to_csv,
-    leaderboard_to_markdown,
-)
+from state.evaluate import Evaluation, evaluate
+from state.leaderboard import build_leaderboard, leaderboard_to_csv, leaderboard_to_markdown
 from state.metrics.differential import DifferentialTable, compute_differential
+from state.metrics.profiles import Conventions
 
 _DIFFERENTIAL_ARRAYS = (
     *("num_cells_P", "p_value", "fdr", "statistic"),
@@ -88,7 +84,9 @@ def evaluate_prediction(task: EvaluateTask) -> pd.DataFrame:
     real = read_cell_table(task.real, task.columns)
     pred = read_cell_table(task.pred, task.columns)
     real_de = _read_differential(task.real_de)
-    return evaluate(real, pred, real_de=real_de, fdr=task.fdr).per_perturbation
+    return evaluate(
+        real, pred, real_de=real_de, conventions=Conventions(fdr=task.fdr)
+    ).per_perturbation
 
 
 def evaluate_files(real: Path, pred: Path, out: Path, *, pert_col: str, control: str) -> str:

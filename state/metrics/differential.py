@@ -31,6 +31,7 @@ FloatArray = npt.NDArray[np.float64]
 
 _KEYS_PER_BLOCK: Final = 8_000_000
 """Non-zeros sorted at a time: 64 MB of keys."""
+_VCC2025_LOG2_BOUND: Final = float(np.log2(20))
 _DENSE_GENES: Final = 64
 """Fewest genes of a dense block, so that each cell's slice fills whole cache lines."""
 
@@ -105,10 +106,11 @@ class RankSums:
         )
 
 
-def compute_differential(table: CellTable) -> DifferentialTable:
+def compute_differential(table: CellTable, *, is_vcc2025: bool = False) -> DifferentialTable:
     """Test every perturbation of a table against its control, on every gene.
 
-    ``table.values`` may be CSR, CSC or dense, and is compared as float32.
+    ``table.values`` may be CSR, CSC or dense, and is compared as float32. ``is_vcc2025`` follows
+    the conventions of pdex before 0.2 (see ``finish_differential``).
 
     Raises
     ------
@@ -123,7 +125,9 @@ def compute_differential(table: CellTable) -> DifferentialTable:
         compute_rank_sums(values, groups, start, min(start + step, num_genes))
         for start in range(0, num_genes, step)
     ]
-    return finish_differential(RankSums.concatenate(blocks), groups, table.genes, table.control)
+    return finish_differential(
+        RankSums.concatenate(blocks), groups, table.genes, table.control, is_vcc2025=is_vcc2025
+    )
 
 
 def compute_rank_sums(values: Any, groups: CellGroups, gene_start: int, gene_stop: int) -> RankSums:
@@ -161,9 +165,18 @@ def compute_rank_sums(values: Any, groups: CellGroups, gene_start: int, gene_sto
 
 
 def finish_differential(
-    ranks: RankSums, groups: CellGroups, genes: tuple[str, ...], control: str
+    ranks: RankSums,
+    groups: CellGroups,
+    genes: tuple[str, ...],
+    control: str,
+    *,
+    is_vcc2025: bool = False,
 ) -> DifferentialTable:
-    """Turn rank sums over all genes into p-values, false discovery rates and fold changes."""
+    """Turn rank sums over all genes into p-values, false discovery rates and fold changes.
+
+    With ``is_vcc2025``, p is adjusted over all perturbations and genes together, and where a mean
+    is 0 the fold change is 20, 1/20, or 1 where both are.
+    """
     n1_P1 = groups.sizes[:-1, None].astype(np.float64)
     n2 = float(groups.sizes[-1])
     target_mean = np.expm1(ranks.sums[:-1] / n1_P1)
@@ -171,7 +184,20 @@ def finish_differential(
     p_value = _asymptotic_p(ranks.u_PB, ranks.ties_PB, n1_P1, n2)
     with np.errstate(divide="ignore", invalid="ignore"):
         log2_fold_change = np.log2(target_mean / ref_mean)
+    if is_vcc2025:
+        np.clip(
+            log2_fold_change,
+            -_VCC2025_LOG2_BOUND,
+            _VCC2025_LOG2_BOUND,
+            out=log2_fold_change,
+            where=np.isinf(log2_fold_change),
+        )
     log2_fold_change[(target_mean == 0) & (ref_mean == 0)] = 0.0
+    fdr = (
+        false_discovery_control(p_value.ravel()).reshape(p_value.shape)
+        if is_vcc2025
+        else false_discovery_control(p_value, axis=1)
+    )
     return DifferentialTable(
         names=groups.names,
         genes=genes,
@@ -179,7 +205,7 @@ def finish_differential(
         num_cells_P=groups.sizes[:-1],
         num_control_cells=int(groups.sizes[-1]),
         p_value=p_value,
-        fdr=false_discovery_control(p_value, axis=1),
+        fdr=fdr,
         statistic=ranks.u_PB,
         log2_fold_change=log2_fold_change,
         target_mean=target_mean,

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from data_store.schema import CellTable
-from state.evaluate import Evaluation, build_leaderboard, evaluate
+from state.evaluate import Evaluation, evaluate
+from state.leaderboard import build_leaderboard
 from state.metrics.differential import compute_differential
 from state.metrics.overall import compute_overall, scale_scores
 from tests.support.data import data_path

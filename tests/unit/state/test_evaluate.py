@@ -4,15 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from state.evaluate import (
-    Evaluation,
-    build_leaderboard,
-    evaluate,
-    leaderboard_to_csv,
-    leaderboard_to_markdown,
-)
+from state.evaluate import Evaluation, evaluate
+from state.leaderboard import build_leaderboard, leaderboard_to_csv, leaderboard_to_markdown
 from state.metrics.differential import compute_differential
 from state.metrics.errors import EvaluationError
+from state.metrics.profiles import Conventions
 from tests.support.cell_tables import dense, random_table
 
 
@@ -78,8 +74,12 @@ def test_a_given_differential_table_is_used_and_checked():
 
 def test_the_false_discovery_rate_counts():
     real = random_table(0)
-    strict = evaluate(real, real, fdr=1e-4).per_perturbation["de_nsig_counts_real"]
-    loose = evaluate(real, real, fdr=0.2).per_perturbation["de_nsig_counts_real"]
+    strict = evaluate(real, real, conventions=Conventions(fdr=1e-4)).per_perturbation[
+        "de_nsig_counts_real"
+    ]
+    loose = evaluate(real, real, conventions=Conventions(fdr=0.2)).per_perturbation[
+        "de_nsig_counts_real"
+    ]
     assert (strict < loose).all()
 
 

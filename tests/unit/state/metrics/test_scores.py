@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from state.metrics.differential import DifferentialTable
-from state.metrics.discrimination import compute_discrimination_l1
+from state.metrics.discrimination import compute_discrimination
 from state.metrics.error import compute_mae
 from state.metrics.overall import compute_overall, scale_scores
 from state.metrics.overlap import (
-    compute_overlap_at_N,
-    count_significant_genes,
+    compute_overlap,
+    rank_genes,
     rank_significant_genes,
 )
 from state.metrics.pseudobulk import compute_effects, compute_pseudobulks
@@ -39,24 +39,24 @@ def differential(fdr, log2_fold_change) -> DifferentialTable:
 def test_overlap_takes_the_largest_changes_when_too_many_genes_are_called():
     real = differential([0.01, 0.01, 0.5, 0.5], [1, 2, 3, 4])
     pred = differential([0.01, 0.01, 0.01, 0.01], [-9, 1, 5, 0.5])
-    assert compute_overlap_at_N(real, pred).tolist() == [0.5]
+    assert compute_overlap(rank_genes(real, pred, fdr=0.05)).tolist() == [0.5]
 
 
 def test_overlap_counts_misses_when_too_few_are_called_and_ignores_signs():
     real = differential([0.01] * 4, [1, 2, 3, 4])
     pred = differential([0.01, 0.9, 0.9, 0.9], [-1, 0, 0, 0])
-    assert compute_overlap_at_N(real, pred).tolist() == [0.25]
+    assert compute_overlap(rank_genes(real, pred, fdr=0.05)).tolist() == [0.25]
 
 
 def test_overlap_without_significant_genes_is_zero():
     none, some = differential([0.5, 0.9], [1, 2]), differential([0.01, 0.01], [1, 2])
-    assert compute_overlap_at_N(none, some).tolist() == [0.0]
-    assert compute_overlap_at_N(some, none).tolist() == [0.0]
+    assert compute_overlap(rank_genes(none, some, fdr=0.05)).tolist() == [0.0]
+    assert compute_overlap(rank_genes(some, none, fdr=0.05)).tolist() == [0.0]
 
 
 def test_significance_is_strict_in_float32():
     table = differential([0.05, 0.0499999995, 0.0499999, 0.01], [1, 1, 1, 1])
-    assert count_significant_genes(table, fdr=0.05).tolist() == [2]
+    assert len(rank_significant_genes(table, 0, fdr=0.05)) == 2
 
 
 def test_equal_fold_changes_keep_the_order_of_the_genes():
@@ -70,21 +70,19 @@ def test_equal_fold_changes_keep_the_order_of_the_genes():
 def test_discrimination_ranks_the_own_effect_and_leaves_the_target_gene_out():
     real = np.array([[5.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 9.0, 9.0]])
     names, genes = ("a", "b", "c"), ("a", "x", "y")
-    assert compute_discrimination_l1(real, real, names, genes).tolist() == [1.0, 1.0, 1.0]
+    assert compute_discrimination(real, real, names, genes).tolist() == [1.0, 1.0, 1.0]
     # On gene a the prediction of a looks like b; that gene does not count for a.
     pred = np.array([[0.0, 0.9, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 0.9]])
     np.testing.assert_allclose(
-        compute_discrimination_l1(real, pred, names, genes), [1.0, 2 / 3, 1 / 3]
+        compute_discrimination(real, pred, names, genes), [1.0, 2 / 3, 1 / 3]
     )
     # Were a no gene, the prediction of a would be nearest to b.
-    np.testing.assert_allclose(
-        compute_discrimination_l1(real, pred, names, ("q", "x", "y"))[0], 2 / 3
-    )
+    np.testing.assert_allclose(compute_discrimination(real, pred, names, ("q", "x", "y"))[0], 2 / 3)
 
 
 def test_discrimination_ties_go_by_the_order_of_the_perturbations():
     real = np.ones((4, 3))
-    scores = compute_discrimination_l1(real, np.zeros((4, 3)), tuple("abcd"), ("x", "y", "z"))
+    scores = compute_discrimination(real, np.zeros((4, 3)), tuple("abcd"), ("x", "y", "z"))
     assert scores.tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
@@ -94,8 +92,8 @@ def test_discrimination_does_not_depend_on_the_order_of_the_genes():
     names, genes = tuple("abcdefgh"), tuple("abcdefghijklmnopqrst")
     order = rng.permutation(20)
     np.testing.assert_array_equal(
-        compute_discrimination_l1(real, pred, names, genes),
-        compute_discrimination_l1(
+        compute_discrimination(real, pred, names, genes),
+        compute_discrimination(
             real[:, order], pred[:, order], names, [genes[gene] for gene in order]
         ),
     )
