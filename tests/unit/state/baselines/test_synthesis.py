@@ -7,7 +7,8 @@ import scipy.sparse as sp
 
 from data_store.schema import CellTable, ControlCells
 from state.baselines.synthesis import synthesize_cells
-from state.evaluate import build_leaderboard, evaluate
+from state.evaluate import evaluate
+from state.leaderboard import build_leaderboard
 from state.metrics.differential import compute_differential
 from tests.support.data import data_path
 from tests.unit.state.baselines.support import control_cells
