@@ -74,9 +74,13 @@ class DataConfig(_Section):
     """Cells a preprocessing task holds in memory at a time."""
     control_matching: Literal["batch", "context"] = "batch"
     """Pair each cell with a control of the same context and batch, or of the same context."""
+    short_sets: Literal["mask", "resample"] = "mask"
+    """Sets with fewer than ``model.cell_set_len`` cells, in training and validation: leave slots
+    empty and mask them, or fill them with cells of the set drawn again, as the reference does."""
     resident_gib: NonNegativeFloat = 4.0
-    """Hold the training matrix in memory when it is at most this large; else read it from the
-    store set by set."""
+    """Memory for expression values in each worker, GiB: the cells of the run are held dense if
+    they fit, else sparse (``output_space = "all"``), else as many as fit, controls first; the
+    others are read from the store set by set."""
     prefetch_batches: NonNegativeInt = 4
     """Micro-batches prepared ahead in a background thread; 0 loads in the training thread."""
 
@@ -132,7 +136,7 @@ class ModelConfig(_Section):
     """ST, the State Transition model. Defaults are those of ``st_base``."""
 
     cell_set_len: PositiveInt = 512
-    """S, cells in a set. Shorter sets are masked, never padded by repeated cells."""
+    """S, cells in a set; ``data.short_sets`` says what becomes of shorter ones."""
     hidden_dim: PositiveInt = 768
     """d_h, the width of the transformer."""
     num_layers: NonNegativeInt = 8
