@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data_store.cell_sets import CellStore, Rows
+from data_store.cell_store import CellStore, Rows
 from data_store.row_blocks import CsrRows, DenseRows, RowBlock, find_spans
 from data_store.schema import OutputSpace
 from data_store.shard_reader import ReadBuffer

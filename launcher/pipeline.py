@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_store.files import sha256_of_file, write_json_atomically
+from data_store.split_table import format_split_table
 from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
@@ -167,9 +168,14 @@ class Pipeline:
                 config.seed,
                 [identify_file(path) for path in files],
             ),
-            outputs=[self.folder.splits, self.folder.features],
+            outputs=[
+                self.folder.splits,
+                self.folder.features,
+                self.folder.path / "splits.md",
+                self.folder.path / "splits.csv",
+            ],
             work=lambda: self._reporter.say(
-                split_store(config, self.store, self.folder).describe(self.store)
+                format_split_table(split_store(config, self.store, self.folder))
             ),
         )
 
