@@ -139,4 +139,4 @@ def make_context_splits(
         for context, present in perturbations_by_context(store).items()
     }
     splits = Splits(assignment, controls, seed, make_shares(train, val))
-    return with_validation(splits, "split.test_contexts and split.val_contexts")
+    return with_validation(splits, "the split by split.test_contexts")
