@@ -12,80 +12,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from data_store.cell_store import CellStore, Rows
 from data_store.hints import some
-from data_store.schema import OutputSpace, StoreError
+from data_store.schema import StoreError
 
 logger = logging.getLogger(__name__)
 
-Rows: TypeAlias = npt.NDArray[np.int64]
 Matching: TypeAlias = Literal["batch", "context"]
-
-
-class CellStore(Protocol):
-    """What cell sets need of a ``Store``: labels of the cells, and their expression."""
-
-    @property
-    def path(self) -> Path:
-        """Where the store lies, for messages."""
-        ...
-
-    @property
-    def num_cells(self) -> int:
-        """N, rows of the store."""
-        ...
-
-    @property
-    def perturbations(self) -> tuple[str, ...]:
-        """Perturbation names, control included."""
-        ...
-
-    @property
-    def control_index(self) -> int:
-        """Index of the control in ``perturbations``."""
-        ...
-
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        """Context names."""
-        ...
-
-    @property
-    def batches(self) -> tuple[str, ...]:
-        """Names of the experimental batches."""
-        ...
-
-    @property
-    def pert_code(self) -> npt.NDArray[np.int64]:
-        """[N] index in ``perturbations``."""
-        ...
-
-    @property
-    def context_code(self) -> npt.NDArray[np.int64]:
-        """[N] index in ``contexts``."""
-        ...
-
-    @property
-    def batch_code(self) -> npt.NDArray[np.int64]:
-        """[N] index in ``batches``."""
-        ...
-
-    def nbytes(self, space: OutputSpace) -> int:
-        """Size of the dense float32 matrix of a space, bytes."""
-        ...
-
-    def read_rows(self, space: OutputSpace, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Read rows [start, stop) as a dense matrix."""
-        ...
-
-    def read_matrix(self, space: OutputSpace) -> npt.NDArray[np.float32]:
-        """Read all rows as a dense matrix."""
-        ...
+ShortSets: TypeAlias = Literal["mask", "resample"]
 
 
 class _Purpose(IntEnum):
@@ -94,6 +33,7 @@ class _Purpose(IntEnum):
     COMPOSE = 1
     CONTROLS = 2
     PREDICT = 3
+    RESAMPLE = 4
 
 
 @dataclass(frozen=True)
@@ -233,6 +173,9 @@ class CellSets:
         S, the most cells in a set.
     seed
         Seed of compositions and control draws.
+    short_sets
+        ``mask``: sets of a group are as even as possible and end in empty slots. ``resample``, the
+        reference's way: sets of S, the last one filled up to S with cells drawn from it again.
     """
 
     def __init__(
@@ -243,6 +186,7 @@ class CellSets:
         *,
         cell_set_len: int,
         seed: int,
+        short_sets: ShortSets = "mask",
     ) -> None:
         self.groups = tuple(groups)
         self._pools = pools
@@ -251,7 +195,8 @@ class CellSets:
         sizes = np.array([len(group.rows) for group in self.groups], dtype=np.int64)
         self._sets_in_group = -(-sizes // cell_set_len)
         self._group_stop = np.cumsum(self._sets_in_group)
-        self._largest_set = int((-(-sizes // self._sets_in_group)).max())
+        self._resampled_len = cell_set_len if short_sets == "resample" else None
+        self._largest_set = self._resampled_len or int((-(-sizes // self._sets_in_group)).max())
         self._permutations: dict[int, tuple[int, Rows]] = {}
 
     @property
@@ -267,7 +212,8 @@ class CellSets:
     def compose(self, epoch: int, set_index: int) -> CellSet:
         """Compose a set. Pure: the same (epoch, set_index) always gives the same cells.
 
-        A group of n cells is cut into ceil(n / S) sets whose sizes differ by at most one.
+        A group of n cells is cut into ceil(n / S) sets, whose sizes differ by at most one when
+        short sets are masked.
 
         Raises
         ------
@@ -279,10 +225,17 @@ class CellSets:
         number = int(np.searchsorted(self._group_stop, set_index, side="right"))
         group, num_sets = self.groups[number], int(self._sets_in_group[number])
         part = set_index - (int(self._group_stop[number]) - num_sets)
-        size, larger = divmod(len(group.rows), num_sets)
-        start = part * size + min(part, larger)
-        stop = start + size + (part < larger)
-        target_rows = np.sort(self._permute(epoch, number)[start:stop])
+        permuted = self._permute(epoch, number)
+        if self._resampled_len is None:
+            size, larger = divmod(len(permuted), num_sets)
+            start = part * size + min(part, larger)
+            target_rows = permuted[start : start + size + (part < larger)]
+        else:
+            chosen = permuted[part * self._resampled_len :][: self._resampled_len]
+            rng = _generator(self._seed, _Purpose.RESAMPLE, epoch, set_index)
+            again = rng.choice(chosen, self._resampled_len - len(chosen))
+            target_rows = np.concatenate([chosen, again])
+        target_rows = np.sort(target_rows)
         batch_S = self._batch_code[target_rows]
         rng = _generator(self._seed, _Purpose.CONTROLS, epoch, set_index)
         return CellSet(
@@ -311,6 +264,7 @@ def build_cell_sets(
     cell_set_len: int,
     matching: Matching,
     seed: int,
+    short_sets: ShortSets = "mask",
 ) -> CellSets:
     """Build the cell sets of a split from its rows, as ``split_rows`` gives them.
 
@@ -328,7 +282,14 @@ def build_cell_sets(
     pools = ControlPools(store, control_rows, matching)
     pools.check_covers(pert_rows)
     groups = find_groups(store, pert_rows)
-    return CellSets(groups, pools, store.batch_code, cell_set_len=cell_set_len, seed=seed)
+    return CellSets(
+        groups,
+        pools,
+        store.batch_code,
+        cell_set_len=cell_set_len,
+        seed=seed,
+        short_sets=short_sets,
+    )
 
 
 def find_groups(store: CellStore, rows: Rows) -> list[CellGroup]:

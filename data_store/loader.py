@@ -16,6 +16,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from data_store.array_pool import ArrayPool
 from data_store.cell_sets import CellSets
 from data_store.row_reader import RowReader
 from data_store.sampler import SetSlice
@@ -25,7 +26,8 @@ from data_store.schema import CellBatch
 class CellSetLoader(Iterator[CellBatch]):
     """One pass over the slices of a sampler, as batches.
 
-    Every batch owns its arrays. Use as a context manager, run to the end, or call ``close``:
+    Every batch owns its arrays for as long as anyone refers to them; then their memory serves a
+    later batch. Use as a context manager, run to the end, or call ``close``:
     each ends the background thread. An error in the thread is raised by the ``next`` call whose
     batch it spoilt.
 
@@ -52,6 +54,7 @@ class CellSetLoader(Iterator[CellBatch]):
         self._sets = sets
         self._reader = reader
         self._handed_out: SetSlice | None = None
+        self._pool = ArrayPool()
         slices = iter(sampler)
         self._batches = (
             self._prefetch(slices, prefetch_batches) if prefetch_batches else self._load(slices)
@@ -92,7 +95,7 @@ class CellSetLoader(Iterator[CellBatch]):
 
     def _load(self, slices: Iterator[SetSlice]) -> Generator[CellBatch, None, None]:
         for slice_ in slices:
-            batch = load_batch(self._sets, slice_, self._reader)
+            batch = load_batch(self._sets, slice_, self._reader, self._pool)
             self._handed_out = slice_
             yield batch
 
@@ -101,7 +104,7 @@ class CellSetLoader(Iterator[CellBatch]):
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cell-set-loader")
         try:
             for slice_ in slices:
-                job = pool.submit(load_batch, self._sets, slice_, self._reader)
+                job = pool.submit(load_batch, self._sets, slice_, self._reader, self._pool)
                 pending.append((slice_, job))
                 if len(pending) > ahead:
                     yield self._hand_out(pending)
@@ -117,13 +120,11 @@ class CellSetLoader(Iterator[CellBatch]):
         return batch
 
 
-def load_batch(sets: CellSets, slice_: SetSlice, reader: RowReader) -> CellBatch:
-    """Compose the sets of a slice and gather their values into new arrays."""
+def load_batch(sets: CellSets, slice_: SetSlice, reader: RowReader, pool: ArrayPool) -> CellBatch:
+    """Compose the sets of a slice and gather their values into arrays that nobody else has."""
     num_sets, num_slots = len(slice_.sets), sets.num_slots
-    # np.zeros (zeros_like does not) maps fresh pages, which are not written twice then.
     shape = (num_sets, num_slots, reader.num_genes)
-    control_BSG = np.zeros(shape, dtype=np.float32)
-    target_BSG = np.zeros(shape, dtype=np.float32)
+    control_BSG, target_BSG = pool.take(shape), pool.take(shape)
     mask_BS = np.zeros((num_sets, num_slots), dtype=np.bool_)
     batch_BS = np.zeros((num_sets, num_slots), dtype=np.int64)
     pert_B = np.empty(num_sets, dtype=np.int64)
@@ -133,6 +134,8 @@ def load_batch(sets: CellSets, slice_: SetSlice, reader: RowReader) -> CellBatch
         size = len(cell_set.target_rows)
         reader.take(cell_set.control_rows, control_BSG[place, :size])
         reader.take(cell_set.target_rows, target_BSG[place, :size])
+        control_BSG[place, size:] = 0
+        target_BSG[place, size:] = 0
         mask_BS[place, :size] = True
         batch_BS[place, :size] = cell_set.batch_S
         pert_B[place] = cell_set.pert

@@ -1,32 +1,31 @@
 """Gather rows of the expression matrix in any order, from memory or from the store.
 
-One reader serves all loaders of a process, training and validation alike, so that the matrix is
-held once. Shape legend: N rows asked for, G genes.
-Tests: ``pytest tests/unit/data_store/test_row_reader.py``.
+One reader serves all loaders of a process, training and validation alike. What fits the memory is
+held there, dense if possible and else sparse; the rest is read from the store when it is asked for.
+Shape legend: N rows asked for, G genes. Tests: ``pytest tests/unit/data_store/test_row_reader.py``.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from data_store.cell_sets import CellStore, Rows
+from data_store.cell_store import CellStore, Rows
+from data_store.row_blocks import CsrRows, DenseRows, RowBlock, find_spans
 from data_store.schema import OutputSpace
+from data_store.shard_reader import ReadBuffer
 
 logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
-_MIN_CACHE_BYTES = 256 << 20
-_BLOCK_BYTES = 4 << 20
-# A chunk of the store holds this many rows: a block of whole chunks is decoded once. A read costs
-# some milliseconds however small it is; beyond four chunks of a narrow matrix it reads too much.
-_ROWS_PER_CHUNK = 64
-_MOST_CHUNKS_PER_BLOCK = 4
+# A chunk of the store holds about this many rows and is decoded whole: reading across a gap of so
+# many costs no more than a read of its own.
+_LARGEST_GAP = 64
+_LONGEST_SPAN = 1024
 
 
 class RowReader(Protocol):
@@ -42,35 +41,8 @@ class RowReader(Protocol):
         ...
 
 
-class ResidentRows:
-    """Rows of a matrix that is held in memory."""
-
-    def __init__(self, matrix: npt.NDArray[np.float32]) -> None:
-        self._matrix = matrix
-
-    @property
-    def num_genes(self) -> int:
-        """G, columns of the matrix."""
-        return int(self._matrix.shape[1])
-
-    def take(self, rows_N: Rows, out_NG: npt.NDArray[np.float32]) -> None:
-        """Write rows into ``out_NG``.
-
-        Raises
-        ------
-        IndexError
-            For a row that is not in the matrix.
-        """
-        _check_rows(rows_N, len(self._matrix))
-        # In its default mode numpy would gather into a buffer first and then copy it to `out`.
-        np.take(self._matrix, rows_N, axis=0, out=out_NG, mode="clip")
-
-
-class StreamedRows:
-    """Rows read from the store in blocks, with the blocks used last kept in memory.
-
-    The store keeps cells of a group together, so a set touches few blocks. Controls are used
-    again and again and stay in the cache as long as it holds them.
+class StoreRows:
+    """Rows of a store, some of which are held in memory.
 
     Parameters
     ----------
@@ -78,30 +50,23 @@ class StreamedRows:
         Where to read.
     space
         Which genes.
-    cache_bytes
-        Most bytes of cached blocks (one block is always kept).
-    rows_per_block
-        Rows read at once; default: 64 to 256, at most 4 MiB of them where that is possible.
+    held_rows
+        Store rows to hold, ascending, without repetition; they are read now.
+    dense
+        Hold them dense: faster to copy, but 4 bytes a gene. ``X_hvg`` is dense in any case.
     """
 
     def __init__(
-        self,
-        store: CellStore,
-        space: OutputSpace,
-        *,
-        cache_bytes: int,
-        rows_per_block: int | None = None,
+        self, store: CellStore, space: OutputSpace, held_rows: Rows, *, dense: bool
     ) -> None:
-        row_bytes = max(1, store.nbytes(space) // max(1, store.num_cells))
         self._store = store
         self._space: OutputSpace = space
-        self._num_genes = row_bytes // np.dtype(np.float32).itemsize
-        fitting_chunks = max(1, _BLOCK_BYTES // (row_bytes * _ROWS_PER_CHUNK))
-        chunks_per_block = min(fitting_chunks, _MOST_CHUNKS_PER_BLOCK)
-        self._rows_per_block = rows_per_block or chunks_per_block * _ROWS_PER_CHUNK
-        self._max_blocks = max(1, cache_bytes // (self._rows_per_block * row_bytes))
-        self._blocks: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
+        self._num_genes = store.nbytes(space) // np.dtype(np.float32).itemsize // store.num_cells
         self._lock = threading.Lock()
+        self._buffer = ReadBuffer()
+        self._place = np.full(store.num_cells, -1, dtype=np.int64)
+        self._place[held_rows] = np.arange(len(held_rows))
+        self._held = self._hold(np.asarray(held_rows, dtype=np.int64), dense=dense)
 
     @property
     def num_genes(self) -> int:
@@ -115,28 +80,54 @@ class StreamedRows:
         ------
         IndexError
             For a row that is not in the store.
+        StoreError
+            When a shard is missing or damaged.
         """
-        _check_rows(rows_N, self._store.num_cells)
-        block_N = rows_N // self._rows_per_block
+        _check_rows(rows_N, len(self._place))
+        place_N = self._place[rows_N]
+        is_held = place_N >= 0
+        if is_held.all():
+            self._held.copy_rows(place_N, out_NG, np.arange(len(rows_N)))
+            return
+        slots = np.flatnonzero(is_held)
+        self._held.copy_rows(place_N[slots], out_NG, slots)
+        slots = np.flatnonzero(~is_held)
+        slots = slots[np.argsort(rows_N[slots], kind="stable")]
+        first = 0
         with self._lock:
-            for block in np.unique(block_N).tolist():
-                slots = np.flatnonzero(block_N == block)
-                out_NG[slots] = self._read_block(block)[rows_N[slots] % self._rows_per_block]
+            for span in _find_spans(rows_N[slots]):
+                block = self._read(span)
+                part = slots[first : first + len(span)]
+                block.copy_rows(span - span[0], out_NG, part)
+                first += len(span)
 
-    def _read_block(self, block: int) -> npt.NDArray[np.float32]:
-        if block in self._blocks:
-            self._blocks.move_to_end(block)
-            return self._blocks[block]
-        start = block * self._rows_per_block
-        stop = min(start + self._rows_per_block, self._store.num_cells)
-        values = self._store.read_rows(self._space, start, stop)
-        while len(self._blocks) >= self._max_blocks:
-            self._blocks.popitem(last=False)
-        self._blocks[block] = values
-        return values
+    def _read(self, span: Rows) -> RowBlock:
+        return self._store.read_block(self._space, int(span[0]), int(span[-1]) + 1, self._buffer)
+
+    def _hold(self, rows: Rows, *, dense: bool) -> RowBlock:
+        if dense or self._space == "hvg":
+            held = DenseRows.allocate(len(rows), self._num_genes)
+            first = 0
+            for span in _find_spans(rows):
+                slots = np.arange(first, first + len(span))
+                self._read(span).copy_rows(span - span[0], held.values, slots)
+                first += len(span)
+            return held
+        row_nnz = self._store.row_nbytes(self._space)[rows]
+        row_nnz //= CsrRows.bytes_per_nonzero(self._num_genes)
+        sparse = CsrRows.allocate(row_nnz, self._num_genes)
+        first = 0
+        for span in _find_spans(rows):
+            block = self._read(span)
+            assert isinstance(block, CsrRows)
+            sparse.fill_from(first, block, span - span[0])
+            first += len(span)
+        return sparse
 
 
-def open_rows(store: CellStore, space: OutputSpace, *, resident_gib: float) -> RowReader:
+def open_rows(
+    store: CellStore, space: OutputSpace, wanted_rows: Rows, *, resident_gib: float
+) -> StoreRows:
     """Open the reader that fits the memory.
 
     Parameters
@@ -145,23 +136,38 @@ def open_rows(store: CellStore, space: OutputSpace, *, resident_gib: float) -> R
         Where to read.
     space
         Which genes.
+    wanted_rows
+        Store rows that will be asked for, those used most (the controls) first. Others can be
+        had too, but are never held.
     resident_gib
-        Hold the whole matrix if it is at most this large, GiB; otherwise cache at most this much
-        of it (at least 0.25 GiB).
+        Most memory for rows, GiB: all of the wanted rows dense if they fit, else all of them as
+        they are stored (``X`` is sparse), else as many of the first as fit; the rest is read
+        whenever it is asked for.
     """
-    needed_bytes, allowed_bytes = store.nbytes(space), int(resident_gib * _GIB)
-    if needed_bytes <= allowed_bytes:
-        return ResidentRows(store.read_matrix(space))
-    cache_bytes = max(allowed_bytes, _MIN_CACHE_BYTES)
-    logger.info(
-        "%s: %.2f GiB of expression do not fit data.resident_gib = %g; reading from the store "
-        "with a cache of %.2f GiB",
-        store.path,
-        needed_bytes / _GIB,
-        resident_gib,
-        cache_bytes / _GIB,
-    )
-    return StreamedRows(store, space, cache_bytes=cache_bytes)
+    allowed_bytes = int(resident_gib * _GIB)
+    _, first_use = np.unique(wanted_rows, return_index=True)
+    rows = np.asarray(wanted_rows, dtype=np.int64)[np.sort(first_use)]
+    dense_bytes = len(rows) * (store.nbytes(space) // store.num_cells)
+    if dense_bytes <= allowed_bytes:
+        return StoreRows(store, space, np.sort(rows), dense=True)
+    stored_bytes = np.cumsum(store.row_nbytes(space)[rows])
+    num_held = int(np.searchsorted(stored_bytes, allowed_bytes, side="right"))
+    if num_held < len(rows):
+        logger.info(
+            "%s: %.2f GiB of expression do not fit data.resident_gib = %g; %d of %d cells are "
+            "held in memory, controls first, and the others are read from the store",
+            store.path,
+            stored_bytes[-1] / _GIB,
+            resident_gib,
+            num_held,
+            len(rows),
+        )
+    return StoreRows(store, space, np.sort(rows[:num_held]), dense=False)
+
+
+def _find_spans(rows: Rows) -> list[Rows]:
+    """Cut ascending rows into what one read should fetch."""
+    return find_spans(rows, largest_gap=_LARGEST_GAP, longest=_LONGEST_SPAN)
 
 
 def _check_rows(rows_N: Rows, num_rows: int) -> None:

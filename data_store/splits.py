@@ -70,17 +70,6 @@ class Splits:
         }
         return replace(self, assignment=kept)
 
-    def describe(self, store: LabelledCells) -> str:
-        """Return a table with the perturbations and cells of each split."""
-        lines = [f"{'split':<6} {'perturbations':>13} {'cells':>10} {'controls':>10}"]
-        for split in SPLIT_NAMES:
-            pert_rows, control_rows = split_rows(store, self, split)
-            lines.append(
-                f"{split:<6} {len(self.perturbations(split)):>13,} {pert_rows.size:>10,} "
-                f"{control_rows.size:>10,}"
-            )
-        return "\n".join(lines)
-
 
 def make_random_splits(
     store: LabelledCells,
@@ -110,7 +99,7 @@ def make_random_splits(
     StoreError
         If the shares leave nothing for a split, or there are fewer than three perturbations.
     """
-    shares = _make_shares(train, val)
+    shares = make_shares(train, val)
     left_out = {store.control, *drop}
     names = [name for name in store.perturbations if name not in left_out]
     if len(names) < len(SPLIT_NAMES):
@@ -128,7 +117,8 @@ def make_random_splits(
     return Splits(assignment, controls, seed, shares)
 
 
-def _make_shares(train: float, val: float) -> dict[SplitName, float]:
+def make_shares(train: float, val: float) -> dict[SplitName, float]:
+    """Complete the shares of the splits; the rest is for test."""
     # 1 - 0.64 - 0.16 has a binary tail that would show in the file.
     test = round(1 - train - val, 12)
     if not (train > 0 and val > 0 and test > 0):
@@ -137,6 +127,54 @@ def _make_shares(train: float, val: float) -> dict[SplitName, float]:
             "above 0 and sum to less than 1; the rest is the test split"
         )
     return {"train": train, "val": val, "test": test}
+
+
+def with_validation(splits: Splits, source: str) -> Splits:
+    """Make a validation split of training perturbations where there is none, and say so.
+
+    Never of the test split, on which the reference would then quietly select its model.
+
+    Parameters
+    ----------
+    splits
+        Splits that may lack one for validation.
+    source
+        The file or keys that ask for them, for messages.
+
+    Raises
+    ------
+    StoreError
+        If there is nothing for training or test, or one training perturbation only.
+    """
+    for split in ("train", "test"):
+        if not splits.perturbations(split):
+            raise StoreError(f"{source} leaves the {split} split without perturbations")
+    if splits.perturbations("val"):
+        return splits
+    train = order_by_hash(splits.perturbations("train"), splits.seed)
+    if len(train) < 2:
+        raise StoreError(
+            f"{source} has no val split, and one training perturbation ({train[0]}) is too few to "
+            "make it from; name perturbations or a context for validation"
+        )
+    share = splits.shares["val"] / (splits.shares["train"] + splits.shares["val"])
+    chosen = set(train[: min(len(train) - 1, max(1, round(share * len(train))))])
+    logger.warning(
+        "%s has no val split: %d of %d training perturbations validate (seed %d): %s",
+        source,
+        len(chosen),
+        len(train),
+        splits.seed,
+        some(sorted(chosen)),
+    )
+    assignment = {
+        context: {
+            pert: "val" if split == "train" and pert in chosen else split
+            for pert, split in perts.items()
+        }
+        for context, perts in splits.assignment.items()
+    }
+    return replace(splits, assignment=assignment)
 
 
 def split_rows(store: LabelledCells, splits: Splits, name: SplitName) -> tuple[Rows, Rows]:
@@ -247,17 +285,14 @@ def read_splits(
     if "format" in content:
         splits = _parse_own_file(content, path, store)
     elif "datasets" in content:
-        shares = _make_shares(train, val)
-        assignment = read_starter(content, path, store, val_share=val / (train + val), seed=seed)
-        splits = Splits(assignment, controls, seed, shares)
+        shares = make_shares(train, val)
+        splits = Splits(read_starter(content, path, store), controls, seed, shares)
     else:
         raise StoreError(
             f"{path} (split.file) is neither a splits.toml (it has no 'format') nor a "
             "starter.toml (it has no [datasets]); make one with 'statewide split'"
         )
-    for split in SPLIT_NAMES:
-        if not splits.perturbations(split):
-            raise StoreError(f"{path} (split.file) leaves the {split} split without perturbations")
+    splits = with_validation(splits, f"{path} (split.file)")
     _log_unassigned(splits, path, store)
     return splits
 
@@ -271,7 +306,7 @@ def _parse_own_file(content: Mapping[str, Any], path: Path, store: LabelledCells
         )
     try:
         controls, seed = content["controls"], int(content["seed"])
-        shares = _make_shares(content["shares"]["train"], content["shares"]["val"])
+        shares = make_shares(content["shares"]["train"], content["shares"]["val"])
         tables = {context: dict(perts) for context, perts in content["assignment"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, StoreError):

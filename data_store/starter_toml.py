@@ -2,8 +2,7 @@
 
 It has the tables ``[datasets]``, ``[training]``, ``[zeroshot]`` (``"dataset.context"`` -> split)
 and ``[fewshot."dataset.context"]`` (split -> perturbations). What is in it and cannot be applied
-is an error. A file without a validation split gets one from the training perturbations, where
-the reference would quietly select its model on the test split.
+is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_store.hints import nearest, some
-from data_store.partition import LabelledCells, order_by_hash, perturbations_by_context
+from data_store.partition import LabelledCells, perturbations_by_context
 from data_store.schema import SPLIT_NAMES, SplitName, StoreError
 
 TABLES = ("datasets", "training", "zeroshot", "fewshot")
@@ -60,7 +59,7 @@ class _Starter:
 
 
 def read_starter(
-    content: Mapping[str, Any], path: Path, store: LabelledCells, *, val_share: float, seed: int
+    content: Mapping[str, Any], path: Path, store: LabelledCells
 ) -> dict[str, dict[str, SplitName]]:
     """Turn the tables of a starter file into context -> perturbation -> split.
 
@@ -70,10 +69,6 @@ def read_starter(
         The parsed file, and its path for errors.
     store
         The cells it is applied to.
-    val_share
-        Share of the training perturbations that validates, if the file names no val split.
-    seed
-        Seed of that choice.
 
     Raises
     ------
@@ -99,8 +94,6 @@ def read_starter(
             )
         assignment[context] = perts
     assignment |= _assign_rest(starter, assignment)
-    if not _names_in(assignment, "val"):
-        _make_val(assignment, path, val_share, seed)
     return assignment
 
 
@@ -183,36 +176,3 @@ def _assign_rest(
             "[fewshot], or add the dataset to [training]"
         )
     return {context: dict.fromkeys(starter.present[context], "train") for context in rest}
-
-
-def _names_in(assignment: Mapping[str, Mapping[str, SplitName]], split: SplitName) -> set[str]:
-    return {
-        pert
-        for perts in assignment.values()
-        for pert, assigned in perts.items()
-        if assigned == split
-    }
-
-
-def _make_val(
-    assignment: dict[str, dict[str, SplitName]], path: Path, val_share: float, seed: int
-) -> None:
-    train = order_by_hash(_names_in(assignment, "train"), seed)
-    if len(train) < 2:
-        raise StoreError(
-            f"{path} has no val split, and {len(train)} training perturbations are too few to "
-            'take one from; name val perturbations in [fewshot."dataset.context"]'
-        )
-    chosen = set(train[: min(len(train) - 1, max(1, round(val_share * len(train))))])
-    for perts in assignment.values():
-        for pert in chosen & set(perts):
-            if perts[pert] == "train":
-                perts[pert] = "val"
-    logger.warning(
-        "%s has no val split: %d of %d training perturbations validate (seed %d): %s",
-        path,
-        len(chosen),
-        len(train),
-        seed,
-        some(sorted(chosen)),
-    )

@@ -29,7 +29,9 @@ from data_store.manifest import (
     refuse_torn_files,
 )
 from data_store.obs_labels import read_cell_labels
+from data_store.row_blocks import CsrRows, DenseRows, RowBlock
 from data_store.schema import InputPath, ObsColumns, OutputSpace
+from data_store.shard_reader import ReadBuffer, ShardedArray
 from data_store.shards import HVG_PATH
 
 ROWS_PER_READ = 4096
@@ -152,15 +154,38 @@ class Store:
         width = len(self.genes) if space == "all" else self.hvg_index.size
         return self.num_cells * width * np.dtype(np.float32).itemsize
 
+    def row_nbytes(self, space: OutputSpace) -> npt.NDArray[np.int64]:
+        """Return the bytes that each row takes in memory, in the form ``read_block`` gives it."""
+        if space == "hvg":
+            row_bytes = self.hvg_index.size * np.dtype(np.float32).itemsize
+            return np.full(self.num_cells, row_bytes, dtype=np.int64)
+        return np.diff(self.indptr) * CsrRows.bytes_per_nonzero(len(self.genes))
+
+    def read_block(
+        self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
+    ) -> RowBlock:
+        """Read rows ``start:stop`` as they are stored: ``X`` sparse, ``X_hvg`` dense.
+
+        With a buffer the block is valid until the buffer's next use.
+        """
+        self._check_range(start, stop)
+        if space == "hvg":
+            return DenseRows(self._arrays["hvg"].read(start, stop, buffer))
+        bounds = self.indptr[start : stop + 1]
+        first, last = int(bounds[0]), int(bounds[-1])
+        return CsrRows(
+            indptr=bounds - first,
+            indices=self._arrays["indices"].read(first, last, buffer),
+            data=self._arrays["data"].read(first, last, buffer),
+            num_genes=len(self.genes),
+        )
+
     def read_csr(self, start: int, stop: int) -> sp.csr_matrix:
         """Read rows ``start:stop`` of ``X`` as [n, G] float32 CSR."""
-        self._check_range(start, stop)
-        bounds = self.indptr[start : stop + 1]
-        span = slice(int(bounds[0]), int(bounds[-1]))
-        data = _read(self._arrays["data"], span)
-        indices = _read(self._arrays["indices"], span)
+        block = self.read_block("all", start, stop)
+        assert isinstance(block, CsrRows)
         shape = (stop - start, len(self.genes))
-        return sp.csr_matrix((data, indices, bounds - bounds[0]), shape=shape)
+        return sp.csr_matrix((block.data, block.indices, block.indptr), shape=shape)
 
     def read_rows(self, space: OutputSpace, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Read rows ``start:stop`` of an output space as a dense matrix.
@@ -169,11 +194,11 @@ class Store:
         -------
         [n, H] or [n, G] float32, log1p of normalised counts.
         """
-        if space == "all":
-            dense: npt.NDArray[np.float32] = self.read_csr(start, stop).toarray()
-            return dense
-        self._check_range(start, stop)
-        return _read(self._arrays["hvg"], slice(start, stop))
+        block = self.read_block(space, start, stop)
+        values = np.empty((stop - start, len(self.output_genes(space))), dtype=np.float32)
+        places = np.arange(stop - start)
+        block.copy_rows(places, values, places)
+        return values
 
     def read_matrix(self, space: OutputSpace) -> npt.NDArray[np.float32]:
         """Read all rows of an output space as one dense [N, H] or [N, G] float32 matrix."""
@@ -200,14 +225,15 @@ class Store:
             raise IndexError(f"rows {start}:{stop} are not within 0:{self.num_cells}")
 
     @cached_property
-    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+    def _arrays(self) -> dict[str, ShardedArray]:
         names = {"data": "X/data", "indices": "X/indices", "hvg": HVG_PATH}
-        return {key: _open_array(self.path, name) for key, name in names.items()}
+        return {key: ShardedArray(self.path / name) for key, name in names.items()}
 
     @cached_property
     def indptr(self) -> npt.NDArray[np.int64]:
         """[N + 1] first non-zero of each cell in ``X``, and the end."""
-        return _read(_open_array(self.path, "X/indptr"), slice(None)).astype(np.int64)
+        array = zarr.open_array(LocalStore(self.path, read_only=True), path="X/indptr", mode="r")
+        return np.asarray(array[:]).astype(np.int64)
 
 
 def _read_source_rows(obs: zarr.Group, manifest: Manifest) -> npt.NDArray[np.int64]:
@@ -222,11 +248,3 @@ def _read_source_rows(obs: zarr.Group, manifest: Manifest) -> npt.NDArray[np.int
 
 def _open_group(root: Path, name: str) -> zarr.Group:
     return zarr.open_group(LocalStore(root, read_only=True), path=name, mode="r")
-
-
-def _open_array(root: Path, name: str) -> zarr.Array[Any]:
-    return zarr.open_array(LocalStore(root, read_only=True), path=name, mode="r")
-
-
-def _read(array: zarr.Array[Any], rows: slice) -> npt.NDArray[Any]:
-    return np.asarray(array[rows])

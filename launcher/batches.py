@@ -11,7 +11,7 @@ from data_store.cell_sets import CellSets, build_cell_sets, find_groups
 from data_store.loader import CellSetLoader
 from data_store.row_reader import RowReader, open_rows
 from data_store.sampler import FixedSetSampler, SetSampler
-from data_store.schema import CellBatch, SplitName
+from data_store.schema import CellBatch
 from data_store.splits import Splits, split_rows
 from data_store.store import Store
 from state.config import RunConfig, TrainConfig
@@ -29,10 +29,9 @@ def build_batch_source(
     world_size: int,
 ) -> BatchSource:
     """Build this rank's stream of training batches and its share of the validation sets."""
-    reader = open_rows(store, config.model.output_space, resident_gib=config.data.resident_gib)
+    train_rows, val_rows = split_rows(store, splits, "train"), split_rows(store, splits, "val")
 
-    def build_sets(split: SplitName) -> CellSets:
-        pert_rows, control_rows = split_rows(store, splits, split)
+    def build_sets(pert_rows: Rows, control_rows: Rows) -> CellSets:
         return build_cell_sets(
             store,
             pert_rows,
@@ -40,9 +39,17 @@ def build_batch_source(
             cell_set_len=config.model.cell_set_len,
             matching=config.data.control_matching,
             seed=config.seed,
+            short_sets=config.data.short_sets,
         )
 
-    train_sets, val_sets = build_sets("train"), build_sets("val")
+    train_sets, val_sets = build_sets(*train_rows), build_sets(*val_rows)
+    reader = open_rows(
+        store,
+        config.model.output_space,
+        # Every set draws controls, so they are read most; validation reads its own again and again.
+        np.concatenate([train_rows[1], *reversed(val_rows), train_rows[0]]),
+        resident_gib=config.data.resident_gib,
+    )
 
     def open_train(position: int) -> CellSetLoader:
         sampler = SetSampler(

@@ -179,21 +179,53 @@ def split(
     val_share: Annotated[
         float, typer.Option("--val", min=0.0, max=1.0, help="Share for validation.")
     ] = 0.16,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Cross-validate over perturbations: folds in all.")
+    ] = None,
+    fold: Annotated[int, typer.Option(min=0, help="Which of the folds to write, from 0.")] = 0,
+    test_contexts: Annotated[
+        list[str] | None,
+        typer.Option("--test-context", help="Context that is all for test; may be repeated."),
+    ] = None,
+    val_contexts: Annotated[
+        list[str] | None,
+        typer.Option("--val-context", help="Context for validation; may be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 42,
 ) -> None:
     """Divide the perturbations of a store into train, val and test.
 
+    By perturbation at random, as one fold of a cross-validation (--folds 5 --fold 0), or by
+    context (--test-context jurkat). Prints the cells of each split and context.
+
     Example: statewide split stores/atlas --out splits.toml --seed 7
     """
-    from data_store.splits import make_random_splits, write_splits
-    from data_store.store import Store
+    from pydantic import ValidationError
 
+    from data_store.split_table import count_splits, format_split_table
+    from data_store.splits import write_splits
+    from data_store.store import Store
+    from launcher.errors import LaunchError
+    from launcher.preprocess_job import build_splits
+    from state.config import SplitConfig
+
+    try:
+        design = SplitConfig(
+            train=train_share,
+            val=val_share,
+            folds=folds,
+            fold=fold,
+            test_contexts=tuple(test_contexts or ()),
+            val_contexts=tuple(val_contexts or ()),
+        )
+    except ValidationError as error:
+        reasons = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
+        raise LaunchError(f"statewide split: {'; '.join(reasons)}") from None
     store = Store.open(store_path)
-    splits = make_random_splits(
-        store, train=train_share, val=val_share, seed=seed, controls="partition"
-    )
+    splits = build_splits(design, store, seed=seed)
+    table = count_splits(store, splits)
     write_splits(out, splits)
-    typer.echo(splits.describe(store))
+    typer.echo(format_split_table(table))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from data_store.files import sha256_of_file, write_json_atomically
 from data_store.locate import describe_input, find_files
 from data_store.schema import StoreError
+from data_store.split_table import format_split_table
 from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
@@ -210,9 +211,14 @@ class Pipeline:
                 config.seed,
                 [identify_file(path) for path in files],
             ),
-            outputs=[self.folder.splits, self.folder.features],
+            outputs=[
+                self.folder.splits,
+                self.folder.features,
+                self.folder.path / "splits.md",
+                self.folder.path / "splits.csv",
+            ],
             work=lambda: self._reporter.say(
-                split_store(config, self.store, self.folder).describe(self.store)
+                format_split_table(split_store(config, self.store, self.folder))
             ),
         )
 

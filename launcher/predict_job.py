@@ -140,9 +140,13 @@ def write_prediction(task: PredictTask) -> float:
         store=store,
         splits=(splits := read_splits(folder.splits, store)),
         held_out=(held_out := find_held_out(config, store, splits, task.split)),
-        reader=open_rows(store, config.model.output_space, resident_gib=config.data.resident_gib),
+        reader=open_rows(
+            store,
+            config.model.output_space,
+            (rows := np.concatenate([held_out.target_rows, held_out.control_rows])),
+            resident_gib=config.data.resident_gib,
+        ),
     )
-    rows = np.concatenate([held_out.target_rows, held_out.control_rows])
     values_NG = np.empty((len(rows), context.reader.num_genes), dtype=np.float32)
     num_targets = len(held_out.target_rows)
     context.reader.take(held_out.control_rows, values_NG[num_targets:])

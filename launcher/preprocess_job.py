@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from data_store.files import write_json_atomically
 from data_store.preprocess import PreprocessSpec, preprocess, read_perturbations
 from data_store.schema import TaskRunner
 from data_store.simulate import SimulationSpec, simulate_atlas
-from data_store.splits import Splits, make_random_splits, read_splits, write_splits
+from data_store.split_designs import make_context_splits, make_fold_splits
+from data_store.split_table import SplitCounts, count_splits, write_split_table
+from data_store.splits import (
+    Splits,
+    make_random_splits,
+    read_splits,
+    with_validation,
+    write_splits,
+)
 from data_store.store import Store
 from launcher.errors import LaunchError
 from launcher.run_folder import RunFolder
-from state.config import DataConfig, RunConfig, SimulateConfig
+from state.config import DataConfig, RunConfig, SimulateConfig, SplitConfig
 from state.transition.features import load_perturbation_features
 
 
@@ -72,23 +81,57 @@ def refuse_other_spec(data: DataConfig, store: Store) -> None:
         )
 
 
-def split_store(config: RunConfig, store: Store, folder: RunFolder) -> Splits:
-    """Choose the splits, leave out what has no feature if so asked, and write both down."""
-    features = load_perturbation_features(config.features, store.perturbations, store.control)
-    split = config.split
-    shares = {"train": split.train, "val": split.val}
-    if split.file is None:
-        splits = make_random_splits(
-            store,
-            **shares,
-            seed=config.seed,
-            controls=split.controls,
-            drop=features.dropped,
-        )
-    else:
+def build_splits(
+    split: SplitConfig, store: Store, *, seed: int, drop: Collection[str] = ()
+) -> Splits:
+    """Choose the splits as the recipe says: from a file, by fold, by context, or at random."""
+    if split.file is not None:
         splits = read_splits(
-            split.file, store, **shares, seed=config.seed, controls=split.controls
-        ).without(features.dropped)
+            split.file,
+            store,
+            train=split.train,
+            val=split.val,
+            seed=seed,
+            controls=split.controls,
+        ).without(drop)
+        # Leaving perturbations out may have emptied the validation split.
+        return with_validation(splits, f"{split.file} (split.file)")
+    if split.folds is not None:
+        return make_fold_splits(
+            store,
+            folds=split.folds,
+            fold=split.fold,
+            val=split.val,
+            seed=seed,
+            controls=split.controls,
+            drop=drop,
+        )
+    if split.test_contexts:
+        return make_context_splits(
+            store,
+            test_contexts=split.test_contexts,
+            val_contexts=split.val_contexts,
+            train=split.train,
+            val=split.val,
+            seed=seed,
+            controls=split.controls,
+            drop=drop,
+        )
+    return make_random_splits(
+        store, train=split.train, val=split.val, seed=seed, controls=split.controls, drop=drop
+    )
+
+
+def split_store(config: RunConfig, store: Store, folder: RunFolder) -> list[SplitCounts]:
+    """Choose the splits, leave out what has no feature if so asked, and write both down.
+
+    Returns
+    -------
+    The table of cells and perturbations in each split and context, as ``splits.csv`` has it.
+    """
+    features = load_perturbation_features(config.features, store.perturbations, store.control)
+    splits = build_splits(config.split, store, seed=config.seed, drop=features.dropped)
+    table = count_splits(store, splits)
     write_splits(folder.splits, splits)
     write_json_atomically(
         folder.features,
@@ -102,4 +145,5 @@ def split_store(config: RunConfig, store: Store, folder: RunFolder) -> Splits:
             "dropped": list(features.dropped),
         },
     )
-    return splits
+    write_split_table(folder.path, table)
+    return table

@@ -101,9 +101,13 @@ class DataConfig(_Section):
     """Cells a preprocessing task holds in memory at a time."""
     control_matching: Literal["batch", "context"] = "batch"
     """Pair each cell with a control of the same context and batch, or of the same context."""
+    short_sets: Literal["mask", "resample"] = "mask"
+    """Sets with fewer than ``model.cell_set_len`` cells, in training and validation: leave slots
+    empty and mask them, or fill them with cells of the set drawn again, as the reference does."""
     resident_gib: NonNegativeFloat = 4.0
-    """Hold the training matrix in memory when it is at most this large; else read it from the
-    store set by set."""
+    """Memory for expression values in each worker, GiB: the cells of the run are held dense if
+    they fit, else sparse (``output_space = "all"``), else as many as fit, controls first; the
+    others are read from the store set by set."""
     prefetch_batches: NonNegativeInt = 4
     """Micro-batches prepared ahead in a background thread; 0 loads in the training thread."""
 
@@ -123,7 +127,17 @@ class SplitConfig(_Section):
 
     file: Path | None = None
     """A split file: our ``splits.toml`` or a ``starter.toml`` with ``[zeroshot]`` and
-    ``[fewshot]``. Absent: a seeded random split by perturbation."""
+    ``[fewshot]``. Absent: a seeded random split by perturbation, or what the keys below say."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """K-fold cross-validation over perturbations: each is in the test split of exactly one fold,
+    ``val`` of them are taken from the rest for validation, and ``train`` is not used."""
+    fold: NonNegativeInt = 0
+    """Which of the ``folds`` this run is, from 0."""
+    test_contexts: tuple[NonEmptyStr, ...] = ()
+    """Zero-shot: contexts (values of ``data.cell_type_key``) whose perturbed cells are all for
+    test; contexts that are named nowhere are for training."""
+    val_contexts: tuple[NonEmptyStr, ...] = ()
+    """Contexts for validation. Absent: a share of the training perturbations validates."""
     train: Fraction = 0.64
     """Share of the perturbations to train on."""
     val: Fraction = 0.16
@@ -138,6 +152,23 @@ class SplitConfig(_Section):
                 f"train + val = {self.train + self.val:g} leaves no test split; "
                 "their sum must be below 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _is_one_design(self) -> SplitConfig:
+        given = {
+            "file": self.file is not None,
+            "folds": self.folds is not None,
+            "test_contexts": bool(self.test_contexts),
+        }
+        chosen = [key for key, is_given in given.items() if is_given]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} each say what is for test; keep one")
+        if self.val_contexts and not self.test_contexts:
+            raise ValueError("val_contexts needs test_contexts: name the contexts for test")
+        if self.fold >= (self.folds or 1):
+            allowed = f"0 to {self.folds - 1}" if self.folds else "only meaningful with folds"
+            raise ValueError(f"fold = {self.fold}, with folds = {self.folds}: fold is {allowed}")
         return self
 
 
@@ -159,7 +190,7 @@ class ModelConfig(_Section):
     """ST, the State Transition model. Defaults are those of ``st_base``."""
 
     cell_set_len: PositiveInt = 512
-    """S, cells in a set. Shorter sets are masked, never padded by repeated cells."""
+    """S, cells in a set; ``data.short_sets`` says what becomes of shorter ones."""
     hidden_dim: PositiveInt = 768
     """d_h, the width of the transformer."""
     num_layers: NonNegativeInt = 8

@@ -33,7 +33,15 @@ def run_dir(recipe: Path) -> Path:
 
 def test_the_run_folder_describes_itself(run_dir: Path):
     names = {path.name for path in run_dir.iterdir()}
-    wanted = {"config.toml", "splits.toml", "features.json", "deepspeed.json", "metrics.jsonl"}
+    wanted = {
+        "config.toml",
+        "splits.toml",
+        "splits.md",
+        "splits.csv",
+        "features.json",
+        "deepspeed.json",
+        "metrics.jsonl",
+    }
     assert wanted | {"store", "checkpoints", "tb", "predictions", "evaluation"} <= names
     assert not [path for path in run_dir.rglob("*.partial")]
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse as sp
 
+from data_store.row_blocks import CsrRows, DenseRows, RowBlock
 from data_store.schema import OutputSpace
+from data_store.shard_reader import ReadBuffer
 
 CONTROL = "non-targeting"
 
@@ -79,9 +82,18 @@ class MemoryStore:
     def nbytes(self, space: OutputSpace) -> int:
         return self.values.nbytes
 
-    def read_rows(self, space: OutputSpace, start: int, stop: int) -> np.ndarray:
-        assert 0 <= start < stop <= self.num_cells
-        return self.values[start:stop].copy()
+    def row_nbytes(self, space: OutputSpace) -> np.ndarray:
+        if space == "hvg":
+            return np.full(self.num_cells, self.values[0].nbytes)
+        return np.count_nonzero(self.values, axis=1) * CsrRows.bytes_per_nonzero(8)
 
-    def read_matrix(self, space: OutputSpace) -> np.ndarray:
-        return self.values.copy()
+    def read_block(
+        self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
+    ) -> RowBlock:
+        """Give ``all`` sparse and ``hvg`` dense, as a store does; both have the same values."""
+        assert 0 <= start < stop <= self.num_cells
+        if space == "hvg":
+            return DenseRows(self.values[start:stop].copy())
+        matrix = sp.csr_matrix(self.values[start:stop])
+        indptr = matrix.indptr.astype(np.int64)
+        return CsrRows(indptr, matrix.indices, matrix.data, self.values.shape[1])

@@ -50,6 +50,33 @@ def test_sets_of_a_group_are_as_few_and_as_equal_as_can_be(size, cell_set_len):
     assert sets.num_slots == max(sizes) <= cell_set_len
 
 
+@settings(deadline=None)
+@given(size=st.integers(1, 300), cell_set_len=st.integers(1, 70))
+def test_resampled_sets_are_full_and_hold_every_cell(size, cell_set_len):
+    """The reference's share of repeated rows: 1 - n / (S ceil(n / S))."""
+    store = MemoryStore.build({"GATA1": size}, num_contexts=1)
+    sets = build(store, cell_set_len=cell_set_len, short_sets="resample")
+    composed = epoch_of(sets, 0)
+    assert len(composed) == -(-size // cell_set_len)
+    assert sets.num_slots == cell_set_len
+    for cell_set in composed:
+        assert len(cell_set.target_rows) == len(cell_set.control_rows) == cell_set_len
+        assert np.array_equal(cell_set.batch_S, store.batch_code[cell_set.target_rows])
+    # Cells repeat within their set only.
+    per_set = [set(cell_set.target_rows.tolist()) for cell_set in composed]
+    assert sum(map(len, per_set)) == size
+    assert set().union(*per_set) == set(store.pert_rows.tolist())
+    assert sum(len(rows) < cell_set_len for rows in per_set) == (size % cell_set_len > 0)
+
+
+def test_what_is_drawn_again_changes_with_the_epoch():
+    store = MemoryStore.build({"GATA1": 20}, num_contexts=1)
+    sets = build(store, cell_set_len=64, short_sets="resample")
+    first, again, second = sets.compose(0, 0), sets.compose(0, 0), sets.compose(1, 0)
+    assert np.array_equal(first.target_rows, again.target_rows)
+    assert not np.array_equal(first.target_rows, second.target_rows)
+
+
 def test_composition_is_fresh_each_epoch_and_fixed_within_one(store):
     sets, again = build(store), build(store)
     first, second = epoch_of(sets, 0), epoch_of(sets, 1)

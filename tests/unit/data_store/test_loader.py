@@ -7,7 +7,7 @@ import pytest
 
 from data_store.cell_sets import build_cell_sets
 from data_store.loader import CellSetLoader
-from data_store.row_reader import ResidentRows, StreamedRows
+from data_store.row_reader import StoreRows
 from data_store.sampler import FixedSetSampler, SetSampler
 from tests.support.memory_store import MemoryStore
 
@@ -15,7 +15,8 @@ STORE = MemoryStore.build()
 SETS = build_cell_sets(
     STORE, STORE.pert_rows, STORE.control_rows, cell_set_len=8, matching="batch", seed=1
 )
-RESIDENT = ResidentRows(STORE.values)
+EVERY_ROW = np.arange(STORE.num_cells)
+RESIDENT = StoreRows(STORE, "all", EVERY_ROW, dense=True)
 
 
 def loader(prefetch_batches=0, sampler=None, reader=RESIDENT):
@@ -64,9 +65,25 @@ def test_prefetching_changes_nothing(prefetch_batches):
     assert_same(batches_of(prefetch_batches=prefetch_batches), batches_of())
 
 
+@pytest.mark.parametrize("prefetch_batches", [0, 2])
+def test_memory_is_used_again_but_never_under_a_batch_that_is_alive(prefetch_batches):
+    kept, copies, addresses = [], [], []
+    with loader(prefetch_batches) as batches:
+        for step, batch in enumerate(islice(batches, 30)):
+            addresses.append(batch.target_BSG.ctypes.data)
+            if step % 7 == 0:
+                # A slice alone must keep the memory of the whole batch.
+                kept.append(batch.target_BSG[1])
+                copies.append(batch.target_BSG[1].copy())
+            del batch
+    assert len(set(addresses)) < 30
+    assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
 @pytest.mark.parametrize("prefetch_batches", [0, 3])
-def test_streaming_changes_nothing(prefetch_batches):
-    reader = StreamedRows(STORE, "all", cache_bytes=600, rows_per_block=7)
+@pytest.mark.parametrize("space", ["all", "hvg"])
+def test_streaming_changes_nothing(prefetch_batches, space):
+    reader = StoreRows(STORE, space, STORE.control_rows, dense=False)
     assert_same(batches_of(prefetch_batches=prefetch_batches, reader=reader), batches_of())
 
 
@@ -116,7 +133,7 @@ def test_an_error_of_the_caller_ends_the_thread():
 
 @pytest.mark.parametrize("prefetch_batches", [0, 3])
 def test_an_error_while_loading_is_raised_at_its_batch(prefetch_batches):
-    class TornReader(ResidentRows):
+    class TornReader(StoreRows):
         calls = 0
 
         def take(self, rows_N, out_NG):
@@ -125,14 +142,14 @@ def test_an_error_while_loading_is_raised_at_its_batch(prefetch_batches):
                 raise OSError("torn shard")
             super().take(rows_N, out_NG)
 
-    batches = loader(prefetch_batches, reader=TornReader(STORE.values))
+    batches = loader(prefetch_batches, reader=TornReader(STORE, "all", EVERY_ROW, dense=True))
     assert_same([next(batches), next(batches)], batches_of()[:2])
     with pytest.raises(OSError, match="torn shard"):
         next(batches)
     assert not loader_threads()
 
 
-class SlowReader(ResidentRows):
+class SlowReader(StoreRows):
     """Counts its calls; a batch of three sets takes six."""
 
     delay_s = 0.0
@@ -145,7 +162,7 @@ class SlowReader(ResidentRows):
 
 
 def test_only_the_asked_number_of_batches_is_prepared_ahead():
-    reader = SlowReader(STORE.values)
+    reader = SlowReader(STORE, "all", EVERY_ROW, dense=True)
     with loader(prefetch_batches=2, reader=reader) as batches:
         next(batches)
         deadline_s = time.monotonic() + 10
@@ -156,7 +173,7 @@ def test_only_the_asked_number_of_batches_is_prepared_ahead():
 
 
 def test_closing_does_not_wait_for_batches_nobody_wants():
-    reader = SlowReader(STORE.values)
+    reader = SlowReader(STORE, "all", EVERY_ROW, dense=True)
     reader.delay_s = 0.002
     with loader(prefetch_batches=40, reader=reader) as batches:
         next(batches)

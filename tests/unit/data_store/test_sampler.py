@@ -5,8 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_store.cell_sets import build_cell_sets
 from data_store.sampler import FixedSetSampler, SetSampler
+from tests.support.memory_store import MemoryStore
 
+STORE = MemoryStore.build()
 SETS = st.integers(1, 30)
 SIZES = st.integers(1, 7)
 WORLDS = st.integers(1, 5)
@@ -119,3 +122,36 @@ def test_weights_are_float32():
     (part,) = FixedSetSampler(3, 0, 4, max_sets=9)
     assert part.weight_B.dtype == np.float32
     assert part.weight_B.tolist() == [1, 1, 1, 0]
+
+
+@settings(deadline=None)
+@given(
+    length=st.integers(1, 40),
+    size=SIZES,
+    world=WORLDS,
+    new_size=SIZES,
+    new_world=WORLDS,
+    stop=st.integers(0, 30),
+    short_sets=st.sampled_from(["mask", "resample"]),
+)
+def test_the_ranks_of_an_epoch_see_every_cell_once_even_when_their_number_changes(
+    length, size, world, new_size, new_world, stop, short_sets
+):
+    sets = build_cell_sets(
+        STORE, STORE.pert_rows, STORE.control_rows, cell_set_len=length, matching="batch", seed=1,
+        short_sets=short_sets,
+    )  # fmt: skip
+    per_epoch, refs, position = sets.sets_per_epoch, [], 0
+    for micro, ranks, steps in ((size, world, stop), (new_size, new_world, per_epoch)):
+        streams = [
+            list(islice(SetSampler(per_epoch, 3, micro, rank, ranks, position), steps))
+            for rank in range(ranks)
+        ]
+        assert {len(slice_.sets) for stream in streams for slice_ in stream} <= {micro}
+        refs += [ref for step in zip(*streams, strict=True) for part in step for ref in part.sets]
+        position += steps * micro * ranks
+    assert len(refs) == position
+    for epoch in range(position // per_epoch):
+        composed = [sets.compose(*ref) for ref in refs[epoch * per_epoch : (epoch + 1) * per_epoch]]
+        rows = np.concatenate([np.unique(cell_set.target_rows) for cell_set in composed])
+        assert np.array_equal(np.sort(rows), STORE.pert_rows)

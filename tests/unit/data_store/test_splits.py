@@ -1,8 +1,6 @@
 """Splits: no perturbation or cell in two of them, controls in each, and files that say so."""
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,40 +14,10 @@ from data_store.splits import (
     make_random_splits,
     read_splits,
     split_rows,
+    with_validation,
     write_splits,
 )
-
-CONTROL = "non-targeting"
-
-
-@dataclass
-class Cells:
-    """Labels without a store."""
-
-    perturbations: tuple[str, ...]
-    contexts: tuple[str, ...]
-    pert_code: np.ndarray
-    context_code: np.ndarray
-    batch_code: np.ndarray
-    source_row: np.ndarray
-    path: Path = Path("store")
-    control: str = CONTROL
-
-
-def make_cells(*, perts=10, contexts=("k562", "rpe1"), batches=2, cells=2, controls=6, seed=0):
-    """Every combination of context, perturbation and batch with some cells."""
-    names = tuple(sorted([f"G{index}" for index in range(perts)] + [CONTROL]))
-    counts = [controls if name == CONTROL else cells for name in names]
-    labels = [
-        (context, pert, batch)
-        for context in range(len(contexts))
-        for pert in range(len(names))
-        for batch in range(batches)
-        for _ in range(counts[pert])
-    ]
-    context, pert, batch = np.array(labels).T
-    rows = np.random.default_rng(seed).permutation(len(labels))
-    return Cells(names, tuple(contexts), pert, context, batch, rows)
+from tests.support.labelled_cells import CONTROL, Cells, make_cells
 
 
 def split_randomly(cells, **changes):
@@ -175,14 +143,6 @@ def test_too_few_perturbations_controls_or_shares():
         split_rows(few, split_randomly(few), "train")
 
 
-def test_the_table_counts_perturbations_and_cells():
-    cells = make_cells()
-    lines = split_randomly(cells).describe(cells).splitlines()
-    assert lines[0].split() == ["split", "perturbations", "cells", "controls"]
-    counts = np.array([[int(field) for field in line.split()[1:]] for line in lines[1:]])
-    assert counts.sum(axis=0).tolist() == [10, 80, 24]
-
-
 def test_a_file_gives_back_the_same_splits(tmp_path):
     cells = make_cells()
     for splits in (split_randomly(cells), split_randomly(cells, controls="shared", drop=("G1",))):
@@ -217,6 +177,27 @@ def test_a_wrong_file_is_refused(tmp_path, old, new, message):
     path, cells = edit(tmp_path, old, new)
     with pytest.raises(StoreError, match=message):
         read_splits(path, cells)
+
+
+def test_our_own_file_without_val_gets_one_from_training(tmp_path, caplog):
+    cells = make_cells()
+    splits = split_randomly(cells)
+    (name,) = splits.perturbations("val")[:1]
+    path, _ = edit(tmp_path, "[shares]", "[shares]")
+    write_splits(path, splits.without(splits.perturbations("val")))
+    with caplog.at_level(logging.WARNING):
+        read = read_splits(path, cells)
+    assert "has no val split" in caplog.text
+    assert name not in read.perturbations("val")
+    assert set(read.perturbations("val")) < set(splits.perturbations("train"))
+    assert read.perturbations("test") == splits.perturbations("test")
+
+
+def test_one_training_perturbation_is_too_few_for_a_val_split():
+    cells = make_cells(perts=3)
+    splits = split_randomly(cells)
+    with pytest.raises(StoreError, match="one training perturbation .* is too few"):
+        with_validation(splits.without(splits.perturbations("val")), "it")
 
 
 def test_a_missing_or_foreign_file_is_refused(tmp_path):
@@ -305,7 +286,7 @@ def test_a_starter_that_leaves_a_split_empty_is_refused(tmp_path):
     with pytest.raises(StoreError, match="leaves the test split without perturbations"):
         read_starter_text(tmp_path, text)
     text = '[datasets]\na = "x"\n[zeroshot]\n"a.jurkat" = "test"\n'
-    with pytest.raises(StoreError, match="0 training perturbations are too few"):
+    with pytest.raises(StoreError, match="leaves the train split without perturbations"):
         read_starter_text(tmp_path, text)
 
 

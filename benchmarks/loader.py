@@ -1,0 +1,286 @@
+"""Loading cell sets of 500 cells, all genes, beside what the bytes and a plain file allow.
+
+A store of 10,000 x 18,080 cells and genes, a fifth of them non-zero: 2,000 controls and 16
+perturbations of 500 cells. Run by ``python -m benchmarks loader``; the values are the same on every
+side, or no ratio is given. Shape legend: B cell sets, S cells in a set, G genes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.child import Task
+from benchmarks.harness import Arrays, BenchmarkError, Comparison, Side, compare
+from benchmarks.settings import Settings
+
+GENES = 18_080
+CONTROLS = 2_000
+PERTURBATIONS = 16
+SET_LEN = 500
+SETS_PER_BATCH = 2
+BATCHES = 16
+# Gives 21 % non-zeros, as a deep droplet experiment has.
+LOG_MEAN, LOG_SD = -2.2, 1.9
+
+SET_NOTES = (
+    "each side reads the same 32 sets of 500 neighbouring cells, in random order, page cache warm",
+    "the floor decodes the bytes of X and stops: it makes no dense rows; ours and anndata do",
+)
+BATCH_NOTES = (
+    "each side fills the same batches of 2 sets: 500 perturbed and 500 control cells a set, dense",
+    "'streamed' holds the controls in memory (sparse) and reads the perturbed cells for each set; "
+    "'nothing held' reads both, and the controls lie scattered over 2,000 rows",
+)
+
+
+def run(settings: Settings) -> list[Comparison]:
+    """Compare single sets with the floor, and whole batches with backed anndata."""
+    with TemporaryDirectory(prefix="benchmark-loader-") as name:
+        folder = Path(name)
+        build_store(folder)
+        arguments = {"folder": name}
+
+        def batches(side: str, held: str) -> Side:
+            return Side(side, prepare_loader, {**arguments, "held": held})
+
+        return [
+            _with_rates(
+                compare(
+                    f"sets of {SET_LEN} x {GENES}, read and densified",
+                    [
+                        Side("ours", prepare_sets, arguments),
+                        Side("floor: pread + decode", prepare_floor, arguments),
+                        Side("anndata backed", prepare_backed_sets, arguments),
+                    ],
+                    settings.rounds,
+                    check_same_values,
+                    SET_NOTES,
+                ),
+                BATCHES * SETS_PER_BATCH * SET_LEN,
+            ),
+            _with_rates(
+                compare(
+                    f"batches of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
+                    [
+                        batches("ours, streamed", "controls"),
+                        batches("ours, nothing held", "nothing"),
+                        batches("ours, resident sparse", "sparse"),
+                        batches("ours, resident dense", "dense"),
+                        Side("anndata backed", prepare_backed_batches, arguments),
+                    ],
+                    settings.rounds,
+                    check_same_values,
+                    BATCH_NOTES,
+                ),
+                BATCHES * SETS_PER_BATCH * SET_LEN * 2,
+            ),
+        ]
+
+
+def _with_rates(comparison: Comparison, num_rows: int) -> Comparison:
+    rates = [
+        f"{side}: {num_rows / median(comparison.values(side, 'cpu_s')):,.0f} rows per CPU second"
+        for side in comparison.sides
+    ]
+    return replace(comparison, notes=(*rates, *comparison.notes))
+
+
+def build_store(folder: Path) -> None:
+    """Write ``store`` and ``sorted.h5ad``: the same cells, in the same order, in both."""
+    import anndata as ad
+    import pandas as pd
+    import scipy.sparse as sp
+
+    from data_store.preprocess import PreprocessSpec, preprocess
+    from data_store.schema import ObsColumns
+
+    rng = np.random.default_rng(0)
+    mean_G = rng.lognormal(LOG_MEAN, LOG_SD, GENES)
+    names = ["non-targeting"] * CONTROLS
+    names += [f"P{number:02d}" for number in range(PERTURBATIONS) for _ in range(SET_LEN)]
+    blocks = [
+        sp.csr_matrix(rng.poisson(rng.gamma(2, mean_G / 2, (SET_LEN, GENES))).astype(np.float32))
+        for _ in range(len(names) // SET_LEN)
+    ]
+    obs = pd.DataFrame(
+        {"target_gene": pd.Categorical(names)}, index=[f"cell_{i}" for i in range(len(names))]
+    )
+    var = pd.DataFrame(index=[f"gene_{i}" for i in range(GENES)])
+    ad.AnnData(sp.vstack(blocks).tocsr(), obs=obs, var=var).write_h5ad(folder / "counts.h5ad")
+    store = preprocess(
+        PreprocessSpec(folder / "counts.h5ad", folder / "store", ObsColumns(), None, {}, 2000, 4096)
+    )
+    matrix = store.read_csr(0, store.num_cells)
+    ad.AnnData(matrix, var=var).write_h5ad(folder / "sorted.h5ad")
+
+
+def check_same_values(results: Mapping[str, Arrays]) -> None:
+    """Refuse to compare sides whose last rows differ.
+
+    Raises
+    ------
+    BenchmarkError
+        If the sum of a row's values is not that of the first side, to 1e-5 of its size.
+    """
+    (first, expected), *others = results.items()
+    for name, arrays in others:
+        if not np.allclose(arrays["row_sums"], expected["row_sums"], rtol=1e-5, atol=0):
+            raise BenchmarkError(f"{first} and {name} do not read the same values")
+
+
+def prepare_sets(folder: str) -> Task:
+    """Time reading sets with ``StoreRows`` that holds nothing."""
+    from data_store.row_reader import StoreRows
+    from data_store.store import Store
+
+    store = Store.open(Path(folder) / "store")
+    reader = StoreRows(store, "all", np.empty(0, dtype=np.int64), dense=False)
+    out_SG = np.empty((SET_LEN, GENES), dtype=np.float32)
+
+    def read(start: int) -> Any:
+        reader.take(np.arange(start, start + SET_LEN), out_SG)
+        return out_SG
+
+    return _over_sets(read, _sum_rows)
+
+
+def prepare_backed_sets(folder: str) -> Task:
+    """Time slicing a backed AnnData whose cells are sorted as the store's are."""
+    import anndata as ad
+
+    matrix = ad.read_h5ad(Path(folder) / "sorted.h5ad", backed="r").X
+    return _over_sets(lambda start: matrix[start : start + SET_LEN].toarray(), _sum_rows)
+
+
+def prepare_floor(folder: str) -> Task:
+    """Time ``pread`` and blosc on the bytes of each set, written by hand for this store."""
+    import zarr
+    from numcodecs import blosc
+
+    root = Path(folder) / "store" / "X"
+    indptr = np.asarray(zarr.open_array(root / "indptr", mode="r")[:])
+    arrays = []
+    for name in ("data", "indices"):
+        meta = json.loads((root / name / "zarr.json").read_text())
+        shard_nnz = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
+        chunk_nnz = meta["codecs"][0]["configuration"]["chunk_shape"][0]
+        dtype = np.dtype(meta["data_type"])
+        places: list[tuple[int, int, int]] = []
+        for shard in range(-(-int(meta["shape"][0]) // shard_nnz)):
+            handle = os.open(root / name / "c" / str(shard), os.O_RDONLY)
+            tail = os.fstat(handle).st_size - 4 - 16 * (shard_nnz // chunk_nnz)
+            index = np.frombuffer(os.pread(handle, 16 * (shard_nnz // chunk_nnz), tail), "<u8")
+            places += [(handle, int(at), int(size)) for at, size in index.reshape(-1, 2)]
+        arrays.append((places, chunk_nnz, np.empty(1 << 24, dtype=dtype)))
+
+    def read(start: int) -> Any:
+        first, last = int(indptr[start]), int(indptr[start + SET_LEN])
+        decoded = []
+        for places, chunk_nnz, out in arrays:
+            begin = first // chunk_nnz
+            for slot, (handle, at, size) in enumerate(places[begin : -(-last // chunk_nnz)]):
+                chunk = out[slot * chunk_nnz : (slot + 1) * chunk_nnz]
+                blosc.decompress(os.pread(handle, size, at), chunk)
+            decoded.append(out[first - begin * chunk_nnz : last - begin * chunk_nnz])
+        return decoded[0], indptr[start : start + SET_LEN] - first
+
+    def sum_rows(result: Any) -> Any:
+        data, starts = result
+        return np.add.reduceat(data.astype(np.float64), starts)
+
+    return _over_sets(read, sum_rows)
+
+
+def _over_sets(read: Callable[[int], Any], sum_rows: Callable[[Any], Any]) -> Task:
+    order = np.random.default_rng(1).permutation(PERTURBATIONS).tolist()
+
+    # Cells are sorted by the names of their perturbations; "P..." comes before "non-targeting".
+    def run_all() -> Any:
+        for number in range(BATCHES * SETS_PER_BATCH):
+            result = read(order[number % PERTURBATIONS] * SET_LEN)
+        return result
+
+    run_all()
+    return Task(run_all, lambda result: {"row_sums": sum_rows(result)})
+
+
+def prepare_loader(folder: str, held: str) -> Task:
+    """Time ``CellSetLoader`` with what is named held in memory."""
+    from data_store.loader import CellSetLoader
+    from data_store.row_reader import StoreRows
+    from data_store.sampler import SetSampler
+    from data_store.store import Store
+
+    store = Store.open(Path(folder) / "store")
+    sets = _build_sets(store)
+    held_rows = {
+        "nothing": np.empty(0, dtype=np.int64),
+        "controls": np.flatnonzero(store.pert_code == store.control_index),
+    }.get(held, np.arange(store.num_cells))
+    reader = StoreRows(store, "all", held_rows, dense=held == "dense")
+    sampler = SetSampler(sets.sets_per_epoch, 0, SETS_PER_BATCH)
+    batches = CellSetLoader(sets, sampler, reader)
+    for _ in islice(batches, BATCHES):
+        pass
+
+    def run_all() -> Any:
+        for batch in islice(batches, BATCHES):
+            last = batch
+        return last
+
+    return Task(run_all, lambda last: {"row_sums": _sum_rows([last.target_BSG, last.control_BSG])})
+
+
+def prepare_backed_batches(folder: str) -> Task:
+    """Time filling the same batches from a backed AnnData."""
+    import anndata as ad
+
+    from data_store.sampler import SetSampler
+    from data_store.store import Store
+
+    sets = _build_sets(Store.open(Path(folder) / "store"))
+    matrix = ad.read_h5ad(Path(folder) / "sorted.h5ad", backed="r").X
+    slices = iter(SetSampler(sets.sets_per_epoch, 0, SETS_PER_BATCH))
+    shape = (2, SETS_PER_BATCH, SET_LEN, GENES)
+    batch = np.empty(shape, dtype=np.float32)
+
+    def fill() -> Any:
+        for slice_ in islice(slices, BATCHES):
+            for place, ref in enumerate(slice_.sets):
+                cell_set = sets.compose(*ref)
+                for kind, rows in enumerate((cell_set.target_rows, cell_set.control_rows)):
+                    # h5py wants rows ascending and once; a loader must undo that.
+                    unique, inverse = np.unique(rows, return_inverse=True)
+                    batch[kind, place] = matrix[unique].toarray()[inverse]
+        return batch
+
+    fill()
+    return Task(fill, lambda last: {"row_sums": _sum_rows(last)})
+
+
+def _build_sets(store: Any) -> Any:
+    from data_store.cell_sets import build_cell_sets
+
+    is_control = store.pert_code == store.control_index
+    return build_cell_sets(
+        store,
+        np.flatnonzero(~is_control),
+        np.flatnonzero(is_control),
+        cell_set_len=SET_LEN,
+        matching="context",
+        seed=0,
+    )
+
+
+def _sum_rows(values: Any) -> Any:
+    return np.asarray(values).sum(axis=-1, dtype=np.float64)

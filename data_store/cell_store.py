@@ -1,0 +1,81 @@
+"""What cell sets and loaders need of a store; ``store.Store`` is one.
+
+Legend: N cells.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from data_store.row_blocks import RowBlock
+from data_store.schema import OutputSpace
+from data_store.shard_reader import ReadBuffer
+
+Rows: TypeAlias = npt.NDArray[np.int64]
+
+
+class CellStore(Protocol):
+    """What cell sets need of a ``Store``: labels of the cells, and their expression."""
+
+    @property
+    def path(self) -> Path:
+        """Where the store lies, for messages."""
+        ...
+
+    @property
+    def num_cells(self) -> int:
+        """N, rows of the store."""
+        ...
+
+    @property
+    def perturbations(self) -> tuple[str, ...]:
+        """Perturbation names, control included."""
+        ...
+
+    @property
+    def control_index(self) -> int:
+        """Index of the control in ``perturbations``."""
+        ...
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Context names."""
+        ...
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        """Names of the experimental batches."""
+        ...
+
+    @property
+    def pert_code(self) -> npt.NDArray[np.int64]:
+        """[N] index in ``perturbations``."""
+        ...
+
+    @property
+    def context_code(self) -> npt.NDArray[np.int64]:
+        """[N] index in ``contexts``."""
+        ...
+
+    @property
+    def batch_code(self) -> npt.NDArray[np.int64]:
+        """[N] index in ``batches``."""
+        ...
+
+    def nbytes(self, space: OutputSpace) -> int:
+        """Size of the dense float32 matrix of a space, bytes."""
+        ...
+
+    def row_nbytes(self, space: OutputSpace) -> npt.NDArray[np.int64]:
+        """Bytes that each row takes in memory, in the form ``read_block`` gives it."""
+        ...
+
+    def read_block(
+        self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
+    ) -> RowBlock:
+        """Read rows [start, stop); with a buffer they are valid until its next use."""
+        ...
