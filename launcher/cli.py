@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from data_store.schema import SPLIT_NAMES, GeneChoice, UserError
 from launcher import cli_statistics, cli_store
+from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
 from launcher.cli_options import AddressOpt, LocalOpt, open_cluster
 from launcher.errors import Interrupted
 
@@ -60,8 +61,6 @@ OverridesArg = Annotated[
 OverwriteOpt = Annotated[
     bool, typer.Option("--overwrite", help="Delete the run folder's results and start again.")
 ]
-PertColOpt = Annotated[str, typer.Option(help="obs column with the perturbed gene.")]
-ControlOpt = Annotated[str, typer.Option(help="Label of the control cells in that column.")]
 
 
 @app.command()
@@ -255,21 +254,8 @@ def predict(
     typer.echo(str(out))
 
 
-@app.command()
-def evaluate(
-    real: Annotated[Path, typer.Option(help="True cells: h5ad or zarr, log-normalised.")],
-    pred: Annotated[Path, typer.Option(help="Predicted cells: h5ad or zarr.")],
-    out: Annotated[Path, typer.Option(help="Folder for the tables.")],
-    pert_col: PertColOpt = "target_gene",
-    control: ControlOpt = "non-targeting",
-) -> None:
-    """Compute DES, PDS and MAE of predicted against true cells.
-
-    Example: statewide evaluate --real real.h5ad --pred pred.h5ad --out scores
-    """
-    from launcher.evaluate_job import evaluate_files
-
-    typer.echo(evaluate_files(real, pred, out, pert_col=pert_col, control=control))
+for command in (evaluate, score, prep):
+    app.command()(command)
 
 
 @app.command()

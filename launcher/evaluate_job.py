@@ -89,18 +89,6 @@ def evaluate_prediction(task: EvaluateTask) -> pd.DataFrame:
     ).per_perturbation
 
 
-def evaluate_files(real: Path, pred: Path, out: Path, *, pert_col: str, control: str) -> str:
-    """Judge one prediction file against one truth file; write tables and return a summary."""
-    columns = ObsColumns(pert_col=pert_col, control_pert=control)
-    evaluation = evaluate(read_cell_table(real, columns), read_cell_table(pred, columns))
-    out.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(out / "results.csv", evaluation.per_perturbation.to_csv(index=False))
-    aggregate = pd.DataFrame([evaluation.aggregate])
-    write_text_atomically(out / "agg_results.csv", aggregate.to_csv(index=False))
-    scores = "  ".join(f"{name.upper()} {value:.4f}" for name, value in aggregate.iloc[0].items())
-    return f"{scores}\ntables: {out}"
-
-
 def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None:
     """Show the leaderboard of a finished run as a table."""
     leaderboard = pd.read_csv(folder.evaluation / LEADERBOARD_NAME)

@@ -245,7 +245,7 @@ class Pipeline:
                 "predict",
                 self._run_fingerprint,
                 sha256_of_file(self.checkpoint.folder / "manifest.json"),
-                evaluate.model_dump(mode="json", include={"baselines", "ridge_alphas"}),
+                evaluate.model_dump(mode="json", exclude={"checkpoint", "fdr"}),
                 version("statewide"),
             ),
             outputs=[

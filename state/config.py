@@ -6,7 +6,7 @@ Every key does something: ``tests/unit/state/test_config.py`` proves that none i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -45,6 +45,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BaselineName = Literal[
+    "cell_mean", "no_change", "pert_mean", "nearest", "ridge", "low_rank", "random_forest"
+]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 RemoteUrl = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://")]
 
@@ -285,11 +288,7 @@ class ClusterConfig(_Section):
 class EvaluateConfig(_Section):
     """Which baselines stand beside the model, and how it predicts."""
 
-    baselines: tuple[Literal["cell_mean", "no_change", "ridge"], ...] = (
-        "cell_mean",
-        "no_change",
-        "ridge",
-    )
+    baselines: tuple[BaselineName, ...] = get_args(BaselineName)
     """Rows of the leaderboard beside ``state``. ``cell_mean`` is needed for Overall."""
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint to predict with: lowest validation loss, or the newest."""
@@ -297,7 +296,16 @@ class EvaluateConfig(_Section):
         *(0.1, 1.0, 10.0),
         *(100.0, 1000.0, 10_000.0),
     )
-    """Penalties tried for ridge regression; cross-validation on train + val chooses."""
+    """Penalties tried for ridge and low-rank regression; cross-validation on train + val
+    chooses."""
+    low_rank_ranks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5, 10, 20, 50)
+    """Ranks tried for low-rank regression; cross-validation on train + val chooses."""
+    nearest_neighbors: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 3, 5, 10, 20)
+    """Numbers of nearest perturbations tried; cross-validation on train + val chooses."""
+    forest_trees: PositiveInt = 200
+    """Trees of the random forest."""
+    forest_leaf_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 3, 5)
+    """Smallest leaves tried for the random forest; cross-validation on train + val chooses."""
     fdr: Fraction = 0.05
     """A gene is significant below this false discovery rate."""
 

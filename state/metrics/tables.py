@@ -124,6 +124,40 @@ def align_prediction(real: CellTable, pred: CellTable) -> CellTable:
     return replace(pred, values=pred.values[:, order], genes=real.genes)
 
 
+def keep_common_genes(real: CellTable, pred: CellTable) -> tuple[CellTable, CellTable, str]:
+    """Drop the genes that only one side has.
+
+    Returns
+    -------
+    real, pred
+        The tables on the common genes, in the order of the truth.
+    report
+        What was dropped on each side; empty if nothing was.
+
+    Raises
+    ------
+    EvaluationError
+        If no gene is common.
+    """
+    common = set(real.genes) & set(pred.genes)
+    if not common:
+        raise EvaluationError(
+            f"truth and prediction have no gene in common: {_listing(real.genes[:3])} against "
+            f"{_listing(pred.genes[:3])}. Use the same gene names in both"
+        )
+    genes = tuple(gene for gene in real.genes if gene in common)
+    kept, parts = [], []
+    for table, what in ((real, "the truth"), (pred, "the prediction")):
+        column_of = {gene: column for column, gene in enumerate(table.genes)}
+        columns = np.array([column_of[gene] for gene in genes], dtype=np.int64)
+        kept.append(replace(table, values=table.values[:, columns], genes=genes))
+        dropped = [gene for gene in table.genes if gene not in common]
+        if dropped:
+            parts.append(f"left out {len(dropped)} gene(s) that only {what} has: ")
+            parts[-1] += _listing(dropped)
+    return kept[0], kept[1], "\n".join(parts)
+
+
 def _stored(table: CellTable) -> npt.NDArray[np.floating]:
     values = table.values
     if sp.issparse(values):
@@ -170,6 +204,7 @@ def _check_same_names(kind: str, real: Iterable[str], pred: Iterable[str]) -> No
         parts.append(f"has {len(unknown)} {kind}(s) the truth lacks: {_listing(sorted(unknown))}")
     raise EvaluationError(
         f"the prediction {' and '.join(parts)}. Both must have the same {kind}s (any order)"
+        + ("; --common-genes compares those that both have" if kind == "gene" else "")
     )
 
 

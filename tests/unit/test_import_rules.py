@@ -31,6 +31,7 @@ ONLY_IN = {
     "aiohttp": ("data_store.remote",),
     "typer": (
         "launcher.cli",
+        "launcher.cli_evaluate",
         "launcher.cli_options",
         "launcher.cli_statistics",
         "launcher.cli_store",

@@ -18,9 +18,8 @@ def rng():
 
 def test_registry_builds_what_the_config_names_in_its_order():
     assert [b.name for b in build_baselines(EvaluateConfig())] == [
-        "cell_mean",
-        "no_change",
-        "ridge",
+        *("cell_mean", "no_change", "pert_mean", "nearest"),
+        *("ridge", "low_rank", "random_forest"),
     ]
     config = EvaluateConfig(baselines=("ridge", "cell_mean"), ridge_alphas=(7.0,))
     ridge, cell_mean = build_baselines(config)
