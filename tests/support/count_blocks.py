@@ -28,7 +28,8 @@ def select(counts, flavor, n_top_genes, *, batch=None, genes=None, cuts=()) -> p
     """Select genes of a matrix in memory; ``batch`` is a label per cell."""
     names, codes = None, None
     if batch is not None:
-        names, codes = np.unique(np.asarray(batch, dtype=str), return_inverse=True)
+        labels, codes = np.unique(np.asarray(batch, dtype=str), return_inverse=True)
+        names = labels.tolist()
     blocks = blocks_of(counts, codes, cuts)
     return select_genes(
         lambda work, *, what: (work(block) for block in blocks),
