@@ -9,6 +9,8 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 
+from data_store.hvg_dispersion import rank_by_dispersion
+from data_store.moments import GeneMoments
 from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import ObsColumns
 from tests.support.atlas import build_atlas
@@ -188,3 +190,31 @@ def test_a_batch_with_one_cell():
     expected = scanpy_table(atlas, "seurat", 30, "batch")
     found = select(atlas.X, "seurat", 30, batch=atlas.obs["batch"], genes=atlas.var_names)
     assert_same_table(found, expected, "seurat", "batch")
+
+
+@pytest.mark.parametrize("flavor", ["seurat", "cell_ranger"])
+def test_ties_at_the_cut_fall_by_name_among_batches(flavor):
+    atlas = awkward_atlas()
+    counts = atlas.X.toarray()
+    counts[:, 290:300] = np.where(np.random.default_rng(3).random(600) < 0.1, 60, 0)[:, None]
+    atlas.X = sp.csr_matrix(counts)
+    expected = scanpy_table(atlas, flavor, 5, "batch")
+    assert expected["highly_variable"].to_numpy()[290:].sum() == 5, "the cut is within the ties"
+    found = select(atlas.X, flavor, 5, batch=atlas.obs["batch"], genes=atlas.var_names)
+    assert_same_table(found, expected, flavor, "batch")
+
+
+@pytest.mark.parametrize(("num_constant", "n_top_genes"), [(100, 1), (60, 1), (60, 3), (60, 40)])
+def test_bins_without_spread(num_constant, n_top_genes):
+    """Genes that vary among constant ones of like mean score infinity, which scanpy cuts off."""
+    rng = np.random.default_rng(4)
+    values = np.ones((256, 100), dtype=np.float32) * np.arange(1, 101, dtype=np.float32)
+    values[:, num_constant:] *= rng.integers(0, 3, (256, 100 - num_constant))
+    values[0, [20, 50]] = 300
+    adata = ad.AnnData(sp.csr_matrix(values))
+    expected = sc.pp.highly_variable_genes(
+        adata, n_top_genes=n_top_genes, flavor="cell_ranger", inplace=False
+    )
+    assert np.isinf(expected["dispersions_norm"]).sum() == 2
+    found = rank_by_dispersion(GeneMoments.from_csr(adata.X), "cell_ranger", n_top_genes)
+    assert_same_table(found, expected, "cell_ranger", None)
