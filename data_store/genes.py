@@ -100,7 +100,8 @@ def select_genes(
     Raises
     ------
     StoreError
-        If no gene varies or is selected, or the flavour cannot be computed here or from these counts.
+        If no gene varies or is selected, or the flavour cannot be computed here or from these
+        counts.
     """
     check_flavor(flavor)
     if n_top_genes > len(genes):
@@ -116,8 +117,8 @@ def select_genes(
     if not table["highly_variable"].any():
         raise StoreError(
             f"data.hvg_flavor = {flavor!r} selects none of the {len(genes)} genes: those with the "
-            "highest dispersion are among genes of like mean that do not differ at all (scanpy "
-            "selects none either); raise data.n_top_genes or choose another flavour"
+            "highest scores are rare genes in a bin where most were never seen (scanpy selects "
+            "none either); raise data.n_top_genes, remove genes that were never seen, or choose 'seurat'"
         )
     table.insert(0, "nnz", moments.nnz_G)
     return table

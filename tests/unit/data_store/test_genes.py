@@ -173,11 +173,9 @@ def all_alike(counts):
     return counts
 
 
-def outliers_among_constants(counts):
-    # Like sums, so that normalisation leaves the values as they are.
-    counts[:] = np.arange(1, counts.shape[1] + 1)
-    counts[0, [20, 50, 80]] = [500, 600, 700]
-    counts[:, 199] += counts[1].sum() + 2000 - counts.sum(axis=1)
+def many_never_seen(counts):
+    # Most of the lowest bin, so that the few rare genes in it score infinity.
+    counts[:, np.argsort(counts.mean(axis=0))[:15]] = 0
     return counts
 
 
@@ -195,7 +193,7 @@ def many_alike(counts):
     [
         ("cell_ranger", many_alike, r"genes have the same mean .*'cell_ranger'.*filter_genes"),
         ("cell_ranger", one_cell, "genes have the same mean"),
-        ("cell_ranger", outliers_among_constants, "selects none of the 200 genes"),
+        ("cell_ranger", many_never_seen, "selects none of the 200 genes.*never seen"),
         ("seurat", all_ones, "none of the 200 genes varies"),
         pytest.param("seurat_v3", one_cell, r"0 of 200 genes vary .*1 in all", marks=needs_loess),
         pytest.param("seurat_v3", all_alike, "0 of 200 genes vary", marks=needs_loess),
@@ -203,7 +201,7 @@ def many_alike(counts):
 )
 def test_no_choice_is_one_clear_error(atlas, flavor, change, message):
     with pytest.raises(StoreError, match=message):
-        select(change(atlas.X.toarray()), flavor, 20)
+        select(change(atlas.X.toarray()), flavor, 5)
 
 
 @needs_loess

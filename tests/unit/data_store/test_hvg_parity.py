@@ -155,7 +155,7 @@ def awkward_atlas():
     counts[20:24] = 0
     atlas.X = sp.csr_matrix(counts)
     # Ties are broken by the name: the order of the columns is not that of the names.
-    atlas.var_names = [f"x{(7 * gene) % 300}" for gene in range(300)]
+    atlas.var_names = [f"x{-7 * gene % 300}" for gene in range(300)]
     return atlas
 
 
@@ -192,16 +192,16 @@ def test_a_batch_with_one_cell():
     assert_same_table(found, expected, "seurat", "batch")
 
 
-@pytest.mark.parametrize("flavor", ["seurat", "cell_ranger"])
-def test_ties_at_the_cut_fall_by_name_among_batches(flavor):
+def test_ties_at_the_cut_fall_by_name_among_batches():
     atlas = awkward_atlas()
     counts = atlas.X.toarray()
-    counts[:, 290:300] = np.where(np.random.default_rng(3).random(600) < 0.1, 60, 0)[:, None]
+    counts[:, 296:] = np.where(np.random.default_rng(3).random(600) < 0.1, 12, 0)[:, None]
     atlas.X = sp.csr_matrix(counts)
-    expected = scanpy_table(atlas, flavor, 5, "batch")
-    assert expected["highly_variable"].to_numpy()[290:].sum() == 5, "the cut is within the ties"
-    found = select(atlas.X, flavor, 5, batch=atlas.obs["batch"], genes=atlas.var_names)
-    assert_same_table(found, expected, flavor, "batch")
+    expected = scanpy_table(atlas, "cell_ranger", 2, "batch")
+    assert list(np.flatnonzero(expected["highly_variable"])) == [297, 298]
+    assert list(atlas.var_names[296:]) == ["x28", "x21", "x14", "x7"]
+    found = select(atlas.X, "cell_ranger", 2, batch=atlas.obs["batch"], genes=atlas.var_names)
+    assert_same_table(found, expected, "cell_ranger", "batch")
 
 
 @pytest.mark.parametrize(("num_constant", "n_top_genes"), [(100, 1), (60, 1), (60, 3), (60, 40)])
