@@ -118,7 +118,7 @@ def select_genes(
         raise StoreError(
             f"data.hvg_flavor = {flavor!r} selects none of the {len(genes)} genes: those with the "
             "highest scores are rare genes in a bin where most were never seen (scanpy selects "
-            "none either); raise data.n_top_genes, remove genes that were never seen, or choose 'seurat'"
+            "none either); raise data.n_top_genes, remove genes never seen, or choose 'seurat'"
         )
     table.insert(0, "nnz", moments.nnz_G)
     return table
