@@ -7,8 +7,8 @@ holds the two to the same values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial, reduce
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -130,10 +130,9 @@ def prepare_store(atlas: str, small: str) -> Task:
 def prepare_selection(atlas: str, small: str) -> Task:
     """Time the first two passes of ``preprocess``, which select the genes and write nothing."""
     from data_store.atlas import open_source
-    from data_store.genes import select_highly_variable
-    from data_store.moments import GeneMoments
+    from data_store.genes import select_genes
     from data_store.normalize import compute_size_factors, compute_target_sum
-    from data_store.preprocess_tasks import SourceBlock, gather_moments, scan_block
+    from data_store.preprocess_tasks import SourceBlock, scan_block, work_on_counts
 
     def select(source: str) -> Any:
         counts = open_source(Path(source))
@@ -143,9 +142,16 @@ def prepare_selection(atlas: str, small: str) -> Task:
         scans = [scan_block(SourceBlock(rows), counts) for rows in blocks]
         library_size = np.concatenate([scan.library_size for scan in scans])
         factors = compute_size_factors(library_size, compute_target_sum(library_size))
-        parts = (gather_moments(SourceBlock(rows, factors[rows]), counts) for rows in blocks)
-        moments = reduce(GeneMoments.merge, parts, GeneMoments.zeros(counts.num_genes))
-        return select_highly_variable(moments, N_TOP_GENES)
+        batch = np.zeros(counts.num_cells, dtype=np.int64)
+
+        def map_blocks(work: Any, *, what: str) -> Iterator[Any]:
+            del what
+            for rows in blocks:
+                yield work_on_counts(SourceBlock(rows, factors[rows], batch[rows]), counts, work)
+
+        return select_genes(
+            map_blocks, flavor="seurat", n_top_genes=N_TOP_GENES, genes=counts.genes
+        )
 
     select(small)
     return Task(

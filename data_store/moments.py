@@ -77,6 +77,17 @@ class GeneMoments:
             max_G=np.maximum(self.max_G, other.max_G),
         )
 
+    def select(self, is_wanted_G: npt.NDArray[np.bool_]) -> GeneMoments:
+        """Return the moments of some of the genes."""
+        return GeneMoments(
+            num_cells=self.num_cells,
+            nnz_G=self.nnz_G[is_wanted_G],
+            sum_G=self.sum_G[is_wanted_G],
+            sum_sq_G=self.sum_sq_G[is_wanted_G],
+            min_G=self.min_G[is_wanted_G],
+            max_G=self.max_G[is_wanted_G],
+        )
+
     def mean(self) -> npt.NDArray[np.float64]:
         """Return the [G] means."""
         return self.sum_G / self.num_cells

@@ -88,8 +88,8 @@ def read_cell_labels(obs: pd.DataFrame, columns: ObsColumns, path: Path) -> Cell
     """
     return CellLabels(
         pert=_read_perturbations(obs, columns, path),
-        context=_labels_or_one(obs, columns.cell_type_key, "data.cell_type_key", path),
-        batch=_labels_or_one(obs, columns.batch_col, "data.batch_col", path),
+        context=read_labels_or_one(obs, columns.cell_type_key, "data.cell_type_key", path),
+        batch=read_labels_or_one(obs, columns.batch_col, "data.batch_col", path),
     )
 
 
@@ -111,7 +111,8 @@ def _read_perturbations(obs: pd.DataFrame, columns: ObsColumns, path: Path) -> L
     return pert
 
 
-def _labels_or_one(obs: pd.DataFrame, column: str | None, key: str, path: Path) -> Labels:
+def read_labels_or_one(obs: pd.DataFrame, column: str | None, key: str, path: Path) -> Labels:
+    """Code an ``obs`` column as ``read_labels`` does; without one, all cells have one label."""
     if column is None:
         return Labels((ONE_LABEL,), np.zeros(len(obs), dtype=np.int64))
     return read_labels(obs, column, key, path)

@@ -16,6 +16,7 @@ from pathlib import Path
 from data_store.annotations import consolidate_metadata, write_annotations
 from data_store.atlas import open_source
 from data_store.files import full_disk_is_a_user_error
+from data_store.genes import check_flavor
 from data_store.ingest import CountSource
 from data_store.locate import describe_input, explain_change
 from data_store.manifest import FileRecord, Manifest, write_manifest
@@ -71,6 +72,7 @@ def preprocess(spec: PreprocessSpec, run_tasks: TaskRunner = run_in_process) -> 
             f"data.n_top_genes = {spec.n_top_genes} and data.rows_per_block = "
             f"{spec.rows_per_block} must be at least 1"
         )
+    check_flavor(spec.hvg_flavor)
     # Tasks may run in another working folder.
     if isinstance(spec.input, Path):
         spec = replace(spec, input=spec.input.absolute())
@@ -107,7 +109,7 @@ def _build(
     plan, root = content.plan, workspace.root
     _check_disk_space(workspace, plan.layout, content.hvg_nnz)
     create_arrays(root, plan.layout, plan.indptr)
-    write_annotations(root, content.obs, content.var)
+    write_annotations(root, content.obs, content.var, hvg_flavor=spec.hvg_flavor)
     consolidate_metadata(root)
     job = WriteJob(root, workspace.records, row_source, plan.layout, plan.hvg_index)
     blocks = plan_store_blocks(plan.layout, plan.indptr, plan.rows, plan.size_factors)

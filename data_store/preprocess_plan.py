@@ -7,32 +7,43 @@ Two passes over the counts (``scan``, ``moments``), each kept in the workspace. 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from data_store.atlas import read_table
-from data_store.genes import select_highly_variable
+from data_store.count_blocks import CountBlock
+from data_store.genes import refuse_too_many_batches, select_genes
 from data_store.ingest import CountSource
-from data_store.moments import GeneMoments
 from data_store.normalize import compute_size_factors, compute_target_sum
 from data_store.obs_labels import (
     CellLabels,
+    Labels,
     check_library_sizes,
     read_cell_labels,
+    read_labels_or_one,
     read_library_sizes,
     select_cells,
 )
-from data_store.preprocess_tasks import SourceBlock, gather_moments, scan_block
-from data_store.schema import GeneChoice, InputPath, ObsColumns, StoreError, TaskRunner
+from data_store.preprocess_tasks import SourceBlock, scan_block, work_on_counts
+from data_store.schema import (
+    GeneChoice,
+    HvgFlavor,
+    InputPath,
+    ObsColumns,
+    StoreError,
+    TaskRunner,
+)
 from data_store.shards import StoreLayout, plan_layout
 from data_store.workspace import Workspace
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +70,10 @@ class PreprocessSpec:
     """Layer with the raw counts; None: ``X``."""
     genes: GeneChoice = "same"
     """What to do where the gene lists of several files differ."""
+    hvg_flavor: HvgFlavor = "seurat"
+    """How highly variable genes are ranked."""
+    hvg_batch_key: str | None = None
+    """``obs`` column; genes are selected within each of its batches. None: in all cells."""
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that shape the content, as JSON."""
@@ -69,6 +84,8 @@ class PreprocessSpec:
             "n_top_genes": self.n_top_genes,
             "layer": self.layer,
             "genes": self.genes,
+            "hvg_flavor": self.hvg_flavor,
+            "hvg_batch_key": self.hvg_batch_key,
         }
 
     def used_columns(self) -> list[tuple[str, str]]:
@@ -78,6 +95,7 @@ class PreprocessSpec:
             "data.cell_type_key": self.columns.cell_type_key,
             "data.batch_col": self.columns.batch_col,
             "data.library_size_col": self.library_size_col,
+            "data.hvg_batch_key": self.hvg_batch_key,
         }
         used = [(name, key) for key, name in names.items() if name is not None]
         return used + [(name, f"data.keep.{name}") for name in self.keep]
@@ -92,6 +110,8 @@ class Cells:
     obs: pd.DataFrame
     labels: CellLabels
     given_library_size: npt.NDArray[np.float64] | None
+    hvg_batch: Labels
+    """Batches to select genes in; one without ``hvg_batch_key``."""
 
     def store_order(self) -> npt.NDArray[np.int64]:
         """Return the order that makes each (context, perturbation, batch) contiguous."""
@@ -152,7 +172,9 @@ def read_cells(spec: PreprocessSpec, source: CountSource) -> Cells:
             f"obs of {spec.input} has a column {taken[0]!r}, a name the store needs for its own; "
             f"rename it: adata.obs = adata.obs.rename(columns={{{taken[0]!r}: 'old_{taken[0]}'}})"
         )
-    return Cells(rows, obs, labels, given)
+    hvg_batch = read_labels_or_one(obs, spec.hvg_batch_key, "data.hvg_batch_key", path)
+    refuse_too_many_batches(len(hvg_batch.names), source.num_genes)
+    return Cells(rows, obs, labels, given, hvg_batch)
 
 
 def plan_store(
@@ -203,14 +225,13 @@ def plan_store(
         rows_per_block=spec.rows_per_block,
     )
     rows = cells.rows[order]
-    gene_columns = ("highly_variable", "means", "dispersions", "dispersions_norm")
     var = read_table(source, "var")
     return StoreContent(
         plan=StorePlan(layout, indptr, rows, factors[order], hvg_index),
         obs=cells.obs.iloc[order].assign(
             source_row=source.row_in_file(rows), library_size=library_size[order]
         ),
-        var=var.assign(**{name: genes[name] for name in gene_columns}),
+        var=var.assign(**{name: genes[name] for name in genes if name != "nnz"}),
         target_sum=target_sum,
         hvg_nnz=int(genes["nnz"][hvg_index].sum()),
         counts=_count(layout, cells, num_empty, genes["nnz"]),
@@ -258,13 +279,21 @@ def _rank(
     run_tasks: TaskRunner,
 ) -> dict[str, npt.NDArray[Any]]:
     size = spec.rows_per_block
-    pairs = zip(_cut(cells.rows, size), _cut(factors, size), strict=True)
-    blocks = [SourceBlock(rows, part) for rows, part in pairs]
-    task = partial(gather_moments, source=source)
-    parts = run_tasks(task, blocks, what="moments", unit="cells")
-    moments = reduce(GeneMoments.merge, parts, GeneMoments.zeros(source.num_genes))
-    table = select_highly_variable(moments, spec.n_top_genes)
-    return {"nnz": moments.nnz_G, **{str(name): table[name].to_numpy() for name in table}}
+    parts = (_cut(values, size) for values in (cells.rows, factors, cells.hvg_batch.codes))
+    blocks = [SourceBlock(*part) for part in zip(*parts, strict=True)]
+
+    def map_blocks(work: Callable[[CountBlock], Result], *, what: str) -> Iterator[Result]:
+        task = partial(work_on_counts, source=source, work=work)
+        return run_tasks(task, blocks, what=what, unit="cells")
+
+    table = select_genes(
+        map_blocks,
+        flavor=spec.hvg_flavor,
+        n_top_genes=spec.n_top_genes,
+        genes=source.genes,
+        batch_names=None if spec.hvg_batch_key is None else cells.hvg_batch.names,
+    )
+    return {str(name): table[name].to_numpy() for name in table}
 
 
 def _cut(values: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:

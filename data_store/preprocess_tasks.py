@@ -7,19 +7,23 @@ again gives the same bytes, so a killed run loses only the blocks in flight.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from data_store.count_blocks import CountBlock
 from data_store.files import full_disk_is_a_user_error, write_json_atomically
 from data_store.ingest import CountSource, read_count_rows
 from data_store.manifest import FileRecord, hash_file, is_intact
-from data_store.moments import GeneMoments
-from data_store.normalize import compute_library_size, expm1, normalize_log1p
+from data_store.normalize import compute_library_size, normalize_log1p
 from data_store.shards import HVG_PATH, StoreLayout, write_hvg_shard, write_nnz_shards
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class SourceBlock:
     """[n] row numbers in the atlas, ascending."""
     size_factors: npt.NDArray[np.float32] | None = None
     """[n] divisors; None while they are not known."""
+    batch_codes: npt.NDArray[np.int64] | None = None
+    """[n] batches to select genes in; None where no genes are selected."""
 
     @property
     def num_cells(self) -> int:
@@ -53,15 +59,20 @@ def scan_block(block: SourceBlock, source: CountSource) -> BlockScan:
     return BlockScan(compute_library_size(counts), np.diff(counts.indptr).astype(np.int64))
 
 
-def gather_moments(block: SourceBlock, source: CountSource) -> GeneMoments:
-    """Gather gene moments of the normalised counts of a block.
+def work_on_counts(
+    block: SourceBlock, source: CountSource, work: Callable[[CountBlock], Result]
+) -> Result:
+    """Read the raw counts of a block and do some work on them.
 
-    They pass through log1p and back, as they do in scanpy, so that the rounding is the same.
+    Raises
+    ------
+    ValueError
+        If the block does not say how its cells are scaled and which batch they are of.
     """
-    if block.size_factors is None:
-        raise ValueError("moments are taken of normalised counts: size_factors is None")
+    if block.size_factors is None or block.batch_codes is None:
+        raise ValueError("the block has no size_factors or no batch_codes")
     counts = read_count_rows(source, block.rows)
-    return GeneMoments.from_csr(expm1(normalize_log1p(counts, block.size_factors)))
+    return work(CountBlock(counts, block.size_factors, block.batch_codes))
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ def _restore_spec(path: Path, manifest: Manifest) -> PreprocessSpec:
         rows_per_block=manifest.rows_per_block,
         layer=made_with["layer"],
         genes=made_with["genes"],
+        hvg_flavor=made_with["hvg_flavor"],
+        hvg_batch_key=made_with["hvg_batch_key"],
     )
 
 
@@ -124,7 +126,7 @@ def _make_anew(
         content = plan_store(spec, source, row_source, cells, workspace, run_tasks)
         plan = content.plan
         create_arrays(workspace.root, plan.layout, plan.indptr)
-        write_annotations(workspace.root, content.obs, content.var)
+        write_annotations(workspace.root, content.obs, content.var, hvg_flavor=spec.hvg_flavor)
         consolidate_metadata(workspace.root)
     blocks = [
         block

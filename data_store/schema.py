@@ -24,6 +24,8 @@ OutputSpace: TypeAlias = Literal["hvg", "all"]
 InputPath: TypeAlias = Path | str
 """A file, folder or glob (``Path``), or a URL that fsspec opens (``str``)."""
 GeneChoice: TypeAlias = Literal["same", "intersection", "union"]
+HvgFlavor: TypeAlias = Literal["seurat", "cell_ranger", "seurat_v3", "seurat_v3_paper"]
+"""How highly variable genes are ranked, under scanpy's names."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

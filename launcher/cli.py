@@ -19,7 +19,7 @@ import typer
 import typer.core
 from pydantic import ValidationError
 
-from data_store.schema import SPLIT_NAMES, GeneChoice, UserError
+from data_store.schema import SPLIT_NAMES, GeneChoice, HvgFlavor, UserError
 from launcher import cli_statistics, cli_store
 from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
 from launcher.cli_options import AddressOpt, LocalOpt, open_cluster
@@ -114,6 +114,12 @@ def preprocess(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the store to write.")],
     n_hvg: Annotated[int, typer.Option(min=1, help="Highly variable genes to select.")] = 2000,
+    hvg_flavor: Annotated[
+        HvgFlavor, typer.Option(help="How genes are ranked, as scanpy's flavor.")
+    ] = "seurat",
+    hvg_batch_key: Annotated[
+        str | None, typer.Option(help="obs column; genes are selected within each of its batches.")
+    ] = None,
     pert_col: PertColOpt = "target_gene",
     control: ControlOpt = "non-targeting",
     batch_col: Annotated[str | None, typer.Option(help="obs column with the batch.")] = None,
@@ -155,6 +161,8 @@ def preprocess(
         batch_col=batch_col,
         library_size_col=library_size_col,
         n_top_genes=n_hvg,
+        hvg_flavor=hvg_flavor,
+        hvg_batch_key=hvg_batch_key,
     )
     spec = build_spec(data, out.absolute())
     if no_perturbations:

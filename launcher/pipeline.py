@@ -155,6 +155,7 @@ class Pipeline:
             include={
                 *("input", "pert_col", "control_pert", "cell_type_key", "batch_col"),
                 *("library_size_col", "keep", "n_top_genes", "layer", "genes"),
+                *("hvg_flavor", "hvg_batch_key"),
             },
         )
         return Stage(

@@ -45,6 +45,8 @@ def build_spec(data: DataConfig, out: Path) -> PreprocessSpec:
         rows_per_block=data.rows_per_block,
         layer=data.layer,
         genes=data.genes,
+        hvg_flavor=data.hvg_flavor,
+        hvg_batch_key=data.hvg_batch_key,
     )
 
 

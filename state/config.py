@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from data_store.schema import GeneChoice, ObsColumns, OutputSpace, UserError
+from data_store.schema import GeneChoice, HvgFlavor, ObsColumns, OutputSpace, UserError
 
 
 class ConfigError(UserError):
@@ -99,7 +99,14 @@ class DataConfig(_Section):
     keep: dict[str, list[str | bool | int]] = Field(default_factory=dict)
     """Cells to keep: ``obs`` column -> allowed values. Absent: all."""
     n_top_genes: PositiveInt = 2000
-    """Highly variable genes to select (scanpy's ``flavor="seurat"``)."""
+    """Highly variable genes to select."""
+    hvg_flavor: HvgFlavor = "seurat"
+    """How genes are ranked, as scanpy's ``flavor``: by dispersion of the normalised counts
+    (``seurat``, ``cell_ranger``), or by standardised variance of the raw counts (``seurat_v3``,
+    ``seurat_v3_paper``; a second pass, and scikit-misc must be installed)."""
+    hvg_batch_key: NonEmptyStr | None = None
+    """``obs`` column, as scanpy's ``batch_key``: genes are selected within each batch, and those
+    that most batches agree on are taken. Absent: in all cells together."""
     rows_per_block: PositiveInt = 4096
     """Cells a preprocessing task holds in memory at a time."""
     control_matching: Literal["batch", "context"] = "batch"

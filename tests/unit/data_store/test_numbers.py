@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from data_store.genes import select_highly_variable
+from data_store.hvg_dispersion import rank_by_dispersion
 from data_store.moments import GeneMoments
 from data_store.normalize import (
     compute_library_size,
@@ -70,4 +70,4 @@ def test_squares_are_float32_products():
 def test_one_cell_has_no_variable_gene():
     moments = GeneMoments.from_csr(sp.csr_matrix(np.array([[1, 2, 3]], dtype=np.float32)))
     with pytest.raises(StoreError, match="none of the 3 genes varies"):
-        select_highly_variable(moments, 2)
+        rank_by_dispersion(moments, "seurat", 2)

@@ -214,6 +214,53 @@ def test_a_store_of_other_settings_is_refused(source, store):
         preprocess(make_spec(source, store.path, n_top_genes=9))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("hvg_flavor", "cell_ranger", "hvg_flavor: 'seurat' there, 'cell_ranger' asked"),
+        ("hvg_batch_key", "batch", "hvg_batch_key: None there, 'batch' asked"),
+    ],
+)
+def test_a_store_of_genes_chosen_otherwise_is_refused(source, store, key, value, shown):
+    with pytest.raises(StoreError, match=f"{shown}.*Remove the folder"):
+        preprocess(make_spec(source, store.path, **{key: value}))
+
+
+@pytest.mark.parametrize("what", ["moments", "clipped sums"])
+def test_an_interrupted_choice_of_genes_continues_to_the_same_bytes(source, tmp_path, what):
+    pytest.importorskip("skmisc", reason="seurat_v3 needs scikit-misc (pip install .[dev])")
+    spec = make_spec(
+        source, tmp_path / "store", hvg_flavor="seurat_v3_paper", hvg_batch_key="cell_type"
+    )
+    preprocess(replace(spec, out=tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(spec, interrupt(what, 2))
+    preprocess(spec)
+    assert file_digests(spec.out) == file_digests(tmp_path / "whole")
+
+
+def test_genes_within_the_batches_of_kept_cells(source, tmp_path):
+    spec = make_spec(source, tmp_path / "store", hvg_batch_key="batch")
+    both = preprocess(spec)
+    var = both.read_var()
+    assert set(var["highly_variable_nbatches"]) <= {0, 1, 2}
+    spec = replace(spec, out=tmp_path / "one", keep={"batch": ["batch_1"]})
+    var = preprocess(spec).read_var()
+    assert set(var["highly_variable_nbatches"]) == {0, 1}
+
+
+def test_a_batch_key_that_is_no_column_names_the_nearest(source, tmp_path):
+    with pytest.raises(StoreError, match=r"'bach' \(data.hvg_batch_key\).*did you mean 'batch'"):
+        preprocess(make_spec(source, tmp_path / "store", hvg_batch_key="bach"))
+    assert not (tmp_path / "store.partial").exists()
+
+
+def test_an_unknown_flavor_is_refused_before_any_work(source, tmp_path):
+    with pytest.raises(StoreError, match="data.hvg_flavor = 'seurat_v4' is unknown"):
+        preprocess(make_spec(source, tmp_path / "store", hvg_flavor="seurat_v4"))
+    assert not (tmp_path / "store.partial").exists()
+
+
 def test_a_folder_that_is_no_store_is_left_alone(source, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/thesis.txt").write_text("years of work")

@@ -35,7 +35,11 @@ def made(tmp_path_factory):
         atlas.X = (sp.csr_matrix, sp.csc_matrix)[number](atlas.X)
         atlas.write_h5ad(folder / f"input/part_{number}.h5ad")
     keep = {"cell_type": ["line_1"]}
-    spec = PreprocessSpec(folder / "input", folder / "store", COLUMNS, None, keep, 20, 64)
+    spec = PreprocessSpec(
+        *(folder / "input", folder / "store", COLUMNS, None, keep, 20, 64),
+        hvg_flavor="cell_ranger",
+        hvg_batch_key="batch",
+    )
     preprocess(spec)
     return folder
 

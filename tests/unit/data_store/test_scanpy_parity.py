@@ -7,7 +7,7 @@ import scanpy as sc
 import scipy.sparse as sp
 
 from data_store import transpose
-from data_store.genes import select_highly_variable
+from data_store.hvg_dispersion import rank_by_dispersion
 from data_store.moments import GeneMoments
 from data_store.normalize import expm1
 from data_store.preprocess import PreprocessSpec, preprocess
@@ -62,7 +62,7 @@ def test_pbmc3k_gene_sets(pbmc3k, n_top_genes):
     moments = GeneMoments.zeros(pbmc3k.n_vars)
     for start in range(0, pbmc3k.n_obs, 800):
         moments = moments.merge(GeneMoments.from_csr(expm1(pbmc3k.X[start : start + 800])))
-    found = select_highly_variable(moments, n_top_genes)
+    found = rank_by_dispersion(moments, "seurat", n_top_genes)
     assert np.array_equal(found["highly_variable"], expected["highly_variable"])
 
 

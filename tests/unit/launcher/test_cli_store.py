@@ -46,6 +46,21 @@ def test_info_tells_what_is_in_it(statewide, store):
         assert part in out
 
 
+def test_genes_by_another_flavor_within_batches(statewide, tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5ad", num_cells=200)
+    make = ("preprocess", path, "--out", tmp_path / "store", "--local", "--n-hvg", 20)
+    choice = ("--hvg-flavor", "cell_ranger", "--hvg-batch-key", "batch")
+    code, _, err = statewide(*make, *choice)
+    assert code == 0, err
+    _, out, _ = statewide("store", "info", tmp_path / "store")
+    assert "hvg_flavor = 'cell_ranger'" in out
+    assert "hvg_batch_key = 'batch'" in out
+    code, _, err = statewide(*make)
+    assert (code, "hvg_flavor: 'cell_ranger' there, 'seurat' asked" in err) == (2, True)
+    code, _, err = statewide(*make, "--hvg-flavor", "seurat4")
+    assert (code, "seurat_v3_paper" in err) == (2, True)
+
+
 def test_verify_names_the_damaged_shard_and_repair_mends_it(statewide, store):
     code, out, _ = statewide("store", "verify", store)
     assert (code, "files have their checksums" in out) == (0, True)

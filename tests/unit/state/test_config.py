@@ -105,6 +105,8 @@ SIMULATE = "simulate={num_cells=9, num_genes=9, num_perturbations=2}"
     ("overrides", "parts"),
     [
         ([SIMULATE, "data.input=https://x.org/a.h5ad"], ["simulate", "https://x.org/a.h5ad"]),
+        (["data.hvg_flavor=vst"], ["data.hvg_flavor = 'vst'", "seurat_v3"]),
+        (["data.hvg_batch_key="], ["data.hvg_batch_key", "empty"]),
         (["data.genes=all"], ["data.genes = 'all'", "intersection"]),
         (["train.lrr=1"], ["unknown key 'train.lrr'", "Did you mean 'train.lr'"]),
         (["mode.hidden_dim=3"], ["unknown key 'mode'", "Did you mean 'model'"]),
