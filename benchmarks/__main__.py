@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import differential, mmd, preprocess
+from benchmarks import differential, loader, mmd, preprocess
 from benchmarks.harness import REPO_ROOT, BenchmarkError, Comparison
 from benchmarks.record import write_results
 from benchmarks.settings import Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Comparison]]] = {
     "preprocess": preprocess.run,
+    "loader": loader.run,
     "mmd": mmd.run,
     "differential": differential.run,
 }

@@ -14,12 +14,12 @@ from anndata.io import write_elem
 from zarr.storage import LocalStore
 
 
-def write_annotations(root: Path, obs: pd.DataFrame, var: pd.DataFrame) -> None:
+def write_annotations(root: Path, obs: pd.DataFrame, var: pd.DataFrame, target_sum: float) -> None:
     """Write ``obs``, ``var`` and ``uns``, replacing what an interrupted run left of them."""
     tables: dict[str, Any] = {
         "obs": obs,
         "var": var,
-        "uns": {"hvg": {"flavor": "seurat"}, "log1p": {"base": None}},
+        "uns": {"hvg": {"flavor": "seurat"}, "target_sum": target_sum},
     }
     group = zarr.open_group(root, mode="r+", use_consolidated=False)
     # Unset, this setting warns. One file per column is what the tables need: they are read whole.

@@ -17,7 +17,7 @@ from data_store.hints import some
 from data_store.schema import StoreError
 
 FORMAT = "statewide-store"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 COMMIT_NAME = "COMMIT"
 
