@@ -33,12 +33,12 @@ WARM_UP_GENES = 200
 WRITE_NOTES = (
     "ours writes sorted cells, X, a dense X_hvg and checksums (lz4, fsync); scanpy writes X "
     "uncompressed and unsynced, its default",
-    "ours reads the h5ad (gzip) twice in order, and then gathers each block's cells from all over "
-    "it; scanpy reads it once, whole",
+    "ours reads the h5ad (gzip) once, in pieces, through temporary files (raw counts); scanpy "
+    "reads it once, whole",
 )
 HVG_NOTES = (
-    "ours reads the h5ad twice and keeps nothing but the gene table; scanpy reads it once and "
-    "ends with the normalised matrix in memory",
+    "ours ends with the gene table, and writes and removes temporary files with the raw counts; "
+    "scanpy ends with the normalised matrix in memory",
 )
 
 
@@ -128,30 +128,34 @@ def prepare_store(atlas: str, small: str) -> Task:
 
 
 def prepare_selection(atlas: str, small: str) -> Task:
-    """Time the first two passes of ``preprocess``, which select the genes and write nothing."""
+    """Time the first two passes of ``preprocess``, which select the genes and write no store."""
     from data_store.atlas import open_source
+    from data_store.deal import DealJob, deal_atlas
     from data_store.genes import select_genes
     from data_store.normalize import compute_size_factors, compute_target_sum
-    from data_store.preprocess_tasks import SourceBlock, scan_block, work_on_counts
+    from data_store.preprocess_tasks import CellBlock, work_on_counts
+    from data_store.schema import run_in_process
 
     def select(source: str) -> Any:
-        counts = open_source(Path(source))
-        starts = range(0, counts.num_cells, ROWS_PER_BLOCK)
-        stops = [min(start + ROWS_PER_BLOCK, counts.num_cells) for start in starts]
-        blocks = [np.arange(*ends) for ends in zip(starts, stops, strict=True)]
-        scans = [scan_block(SourceBlock(rows), counts) for rows in blocks]
-        library_size = np.concatenate([scan.library_size for scan in scans])
-        factors = compute_size_factors(library_size, compute_target_sum(library_size))
-        batch = np.zeros(counts.num_cells, dtype=np.int64)
+        atlas = open_source(Path(source))
+        with TemporaryDirectory(dir=Path.cwd()) as folder:
+            job = DealJob(atlas, np.arange(atlas.num_cells), Path(folder), is_count=True)
+            dealt = deal_atlas(job, run_in_process, rows_per_block=ROWS_PER_BLOCK)
+            library_size = dealt.library_size
+            factors = compute_size_factors(library_size, compute_target_sum(library_size))
+            batch = np.zeros(atlas.num_cells, dtype=np.int64)
 
-        def map_blocks(work: Any, *, what: str) -> Iterator[Any]:
-            del what
-            for rows in blocks:
-                yield work_on_counts(SourceBlock(rows, factors[rows], batch[rows]), counts, work)
+            def map_blocks(work: Any, *, what: str) -> Iterator[Any]:
+                del what
+                for start in range(0, atlas.num_cells, ROWS_PER_BLOCK):
+                    rows = slice(start, start + ROWS_PER_BLOCK)
+                    yield work_on_counts(
+                        CellBlock(start, factors[rows], batch[rows]), dealt.deals, work
+                    )
 
-        return select_genes(
-            map_blocks, flavor="seurat", n_top_genes=N_TOP_GENES, genes=counts.genes
-        )
+            return select_genes(
+                map_blocks, flavor="seurat", n_top_genes=N_TOP_GENES, genes=atlas.genes
+            )
 
     select(small)
     return Task(

@@ -17,13 +17,13 @@ from data_store.schema import HvgFlavor
 
 
 def write_annotations(
-    root: Path, obs: pd.DataFrame, var: pd.DataFrame, *, hvg_flavor: HvgFlavor
+    root: Path, obs: pd.DataFrame, var: pd.DataFrame, *, target_sum: float, hvg_flavor: HvgFlavor
 ) -> None:
     """Write ``obs``, ``var`` and ``uns``, replacing what an interrupted run left of them."""
     tables: dict[str, Any] = {
         "obs": obs,
         "var": var,
-        "uns": {"hvg": {"flavor": hvg_flavor}, "log1p": {"base": None}},
+        "uns": {"hvg": {"flavor": hvg_flavor}, "target_sum": target_sum},
     }
     group = zarr.open_group(root, mode="r+", use_consolidated=False)
     # Unset, this setting warns. One file per column is what the tables need: they are read whole.

@@ -11,7 +11,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from data_store.row_blocks import RowBlock
+from data_store.row_blocks import CountRows, RowBlock
 from data_store.schema import OutputSpace
 from data_store.shard_reader import ReadBuffer
 
@@ -72,6 +72,10 @@ class CellStore(Protocol):
 
     def row_nbytes(self, space: OutputSpace) -> npt.NDArray[np.int64]:
         """Bytes that each row takes in memory, in the form ``read_block`` gives it."""
+        ...
+
+    def allocate_counts(self, rows: Rows) -> CountRows:
+        """Return a block for rows of the space ``all``, to be filled from ``read_block``."""
         ...
 
     def read_block(

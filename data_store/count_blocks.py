@@ -21,10 +21,10 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True, eq=False)
 class CountBlock:
-    """Some cells in the order of the atlas."""
+    """Some cells."""
 
     counts: sp.csr_matrix
-    """[n, G] raw counts, float32, without duplicates or stored zeros."""
+    """[n, G] raw counts, unsigned or float32, without duplicates or stored zeros."""
     size_factors: npt.NDArray[np.float32]
     """[n] divisors that scale each cell to the same total."""
     batch_codes: npt.NDArray[np.int64]

@@ -7,6 +7,7 @@ Tests: ``pytest tests/unit/data_store/test_expression_source.py``.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from data_store.atlas import open_source, read_table
+from data_store.deal import DealJob, deal_atlas, estimate_nnz
+from data_store.deal_file import Deals
 from data_store.files import full_disk_is_a_user_error
 from data_store.ingest import CountSource, read_rows
 from data_store.normalize import (
@@ -39,9 +42,24 @@ from data_store.obs_labels import (
 )
 from data_store.schema import GeneChoice, InputPath, ObsColumns, StoreError, TaskRunner
 from data_store.store import Store, is_store
-from data_store.transpose import transpose_columns
 
-Reader: TypeAlias = CountSource | Store
+# A float32 and its gene, as they are copied.
+_BYTES_PER_COPIED_NNZ = 6
+
+
+@dataclass(frozen=True, eq=False)
+class DealtRows:
+    """Cells of an atlas copied into rows."""
+
+    source: CountSource
+    """Where they come from."""
+    deals: Deals
+    """The copy."""
+    rows: npt.NDArray[np.int64]
+    """[N] row of the atlas of each row of the copy, ascending."""
+
+
+Reader: TypeAlias = CountSource | DealtRows | Store
 Scale: TypeAlias = Literal["raw counts", "log1p", "unknown"]
 
 
@@ -161,12 +179,12 @@ def open_expression(path: InputPath, query: CellQuery | None = None) -> Expressi
 
 @contextmanager
 def stored_by_row(
-    expression: Expression, folder: Path, run_tasks: TaskRunner
+    expression: Expression, folder: Path, run_tasks: TaskRunner, *, rows_per_block: int
 ) -> Iterator[Expression]:
     """Give the same cells with a matrix that ``read_block`` can read.
 
-    A matrix stored by column is copied into rows in ``folder``; the copy lasts as long as the
-    block. Anything else is given back as it is.
+    Where a file is stored by column the cells are copied into rows in ``folder``; the copy lasts
+    as long as the block. Anything else is given back as it is.
 
     Raises
     ------
@@ -174,24 +192,51 @@ def stored_by_row(
         If the matrix is damaged or the disk is full.
     """
     reader = expression.reader
-    if isinstance(reader, Store) or all(file.layout != "csc" for file in reader.files):
+    if not isinstance(reader, CountSource) or all(file.layout != "csc" for file in reader.files):
         yield expression
         return
+    folder = folder.absolute()
     with full_disk_is_a_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".rows-", dir=folder.absolute()) as rows:
-            by_row = transpose_columns(reader, Path(rows), run_tasks)
-            yield replace(expression, reader=by_row)
+        _check_room(expression, reader, folder)
+        with TemporaryDirectory(prefix=".rows-", dir=folder) as rows:
+            place = np.full(reader.num_cells, -1, dtype=np.int64)
+            place[expression.rows] = np.arange(expression.rows.size)
+            job = DealJob(reader, place, Path(rows), is_count=False)
+            dealt = deal_atlas(job, run_tasks, rows_per_block=rows_per_block)
+            yield replace(expression, reader=DealtRows(reader, dealt.deals, expression.rows))
 
 
-def read_block(block: RowBlock, reader: Reader) -> sp.csr_matrix:
-    """Read the values of a block as they stand: [n, G] float32 CSR without stored duplicates."""
+def _check_room(expression: Expression, source: CountSource, folder: Path) -> None:
+    needed = _BYTES_PER_COPIED_NNZ * estimate_nnz(source, expression.rows)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"{expression.matrix} of {expression.path} is stored by column (CSC); its rows need "
+            f"about {needed / 2**30:.2f} GiB for a while in {folder}, but the disk has "
+            f"{free / 2**30:.2f} GiB free. Free some space, or store it by row: "
+            "adata.X = adata.X.tocsr()"
+        )
+
+
+def read_block(block: RowBlock, reader: Reader, *, as_counts: bool = False) -> sp.csr_matrix:
+    """Read the values of a block, of an atlas as they stand: [n, G] CSR without duplicates.
+
+    Those of a store are log1p of normalised counts, or the counts if ``as_counts``.
+    """
     if isinstance(reader, CountSource):
         return read_rows(reader, block.rows)
-    start = int(block.rows[0])
-    values = reader.read_csr(start, int(block.rows[-1]) + 1)
+    places = block.rows
+    if isinstance(reader, DealtRows):
+        places = np.searchsorted(reader.rows, block.rows)
+    start, stop = int(places[0]), int(places[-1]) + 1
+    if isinstance(reader, DealtRows):
+        rows, num_genes = reader.deals.read(start, stop), reader.deals.num_genes
+        values = sp.csr_matrix((rows.values, rows.genes, rows.indptr), (stop - start, num_genes))
+    else:
+        values = (reader.read_counts if as_counts else reader.read_csr)(start, stop)
     is_whole_range = values.shape[0] == block.num_cells
-    return values if is_whole_range else values[block.rows - start]
+    return values if is_whole_range else values[places - start]
 
 
 def cut_rows(rows: npt.NDArray[np.int64], rows_per_block: int) -> list[RowBlock]:
@@ -226,7 +271,7 @@ def label_expression(
     columns = ObsColumns(query.columns.pert_col, query.columns.control_pert)
     pert = read_cell_labels(expression.obs, columns, path).pert
     factors = None
-    if isinstance(reader, CountSource):
+    if not isinstance(reader, Store):
         blocks = cut_rows(expression.rows, rows_per_block)
         scans = list(
             run_tasks(partial(scan_values, reader=reader), blocks, what="look", unit="cells")

@@ -14,11 +14,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy.sparse as sp
 from scipy.stats import norm
 
 from data_store.count_blocks import CountBlock, sum_by_batch
 from data_store.moments import GeneMoments
-from data_store.normalize import expm1, normalize_log1p
+from data_store.normalize import look_up_log1p, look_up_normalized
 from data_store.schema import StoreError
 
 DispersionFlavor: TypeAlias = Literal["seurat", "cell_ranger"]
@@ -37,9 +38,10 @@ def gather_normalized(block: CountBlock, flavor: DispersionFlavor) -> dict[int, 
     For ``seurat`` the values pass through log1p and back, as they do in scanpy, so that the
     rounding is the same.
     """
-    values = normalize_log1p(block.counts, block.size_factors)
-    if flavor == "seurat":
-        values = expm1(values)
+    counts = block.counts
+    look_up = look_up_normalized if flavor == "seurat" else look_up_log1p
+    data = look_up(counts.data, counts.indptr, block.size_factors)
+    values = sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
     return sum_by_batch(values, block.batch_codes, lambda rows, _: GeneMoments.from_csr(rows))
 
 

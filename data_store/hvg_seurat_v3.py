@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numba
 import numpy as np
@@ -77,7 +77,8 @@ def refuse_missing_loess() -> None:
 
 def gather_raw(block: CountBlock) -> dict[int, GeneMoments]:
     """Gather the moments of the raw counts of each batch in a block."""
-    return sum_by_batch(block.counts, block.batch_codes, lambda rows, _: GeneMoments.from_csr(rows))
+    counts = block.counts.astype(np.float32)
+    return sum_by_batch(counts, block.batch_codes, lambda rows, _: GeneMoments.from_csr(rows))
 
 
 def gather_clipped(
@@ -100,7 +101,7 @@ def _sum_clipped(counts: sp.csr_matrix, limit_G: npt.NDArray[np.float64]) -> Cli
 
 @numba.njit(cache=True, nogil=True)
 def _accumulate(
-    data: npt.NDArray[np.float32],
+    data: npt.NDArray[Any],
     indices: npt.NDArray[np.int32],
     limit_G: npt.NDArray[np.float64],
     num_clipped_G: npt.NDArray[np.int64],

@@ -6,13 +6,14 @@ files themselves. Tested by ``pytest tests/unit/data_store/test_ingest.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import h5py
+import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
@@ -26,6 +27,8 @@ from data_store.schema import InputPath, StoreError
 # call, reading through it costs a memory copy.
 MAX_GAP_ELEMENTS = 1 << 14
 MAX_SPAN_ELEMENTS = 1 << 22
+_VALUES_PER_CHECK = 1 << 14
+_LARGEST = float(np.finfo(np.float32).max)
 
 Layout = Literal["csr", "csc", "dense"]
 
@@ -36,8 +39,6 @@ class SourceFile:
 
     location: InputPath
     """Where the bytes are."""
-    name: str
-    """What messages call it: the user's own file, also where the bytes are a copy of ours."""
     matrix: str
     """Path of the matrix in the file: ``X`` or ``layers/NAME``."""
     num_cells: int
@@ -50,8 +51,13 @@ class SourceFile:
     """Stored values."""
     gene_map: npt.NDArray[np.int32] | None = None
     """[columns] gene of the atlas in each column, -1 where it has none; None: the same ones."""
-    first_row: int = 0
-    """Row of the user's file that is the first row here."""
+    chunk_rows: int = 1
+    """Rows in a chunk of a dense matrix."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.location)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +113,11 @@ def inspect_file(location: InputPath, layer: str | None = None) -> SourceFile:
             found = None if shape is None else tuple(int(size) for size in shape)
             raise StoreError(f"{matrix} of {location} is empty or not a matrix (shape {found})")
         num_cells, num_genes = (int(size) for size in shape)
-        source = SourceFile(
-            location, str(location), matrix, num_cells, num_genes, cast(Layout, layout), nnz
-        )
+        source = SourceFile(location, matrix, num_cells, num_genes, cast(Layout, layout), nnz)
         if layout != "dense":
             _check_ends(node, source)
+        elif node.chunks is not None:
+            source = replace(source, chunk_rows=int(node.chunks[0]))
     return source
 
 
@@ -158,7 +164,7 @@ def read_rows(source: CountSource, rows: npt.NDArray[np.int64]) -> sp.csr_matrix
     Parameters
     ----------
     source
-        The atlas; files stored by column must have been transposed (``data_store.transpose``).
+        The atlas, without files stored by column (``data_store.deal`` reads those).
     rows
         [n] row numbers, in any order.
 
@@ -217,7 +223,12 @@ def _read_file_rows(
     with open_matrix(source) as node:
         read = {"dense": _read_dense_rows, "csr": _read_csr_rows}[source.layout]
         counts = read(node, source, rows)
-    _check_values(counts, rows, source, whole=whole)
+
+    def locate(at: int) -> tuple[int, int]:
+        row = int(np.searchsorted(counts.indptr, at, side="right")) - 1
+        return int(rows[row]), int(counts.indices[at])
+
+    check_stored_values(counts.data, source, locate, whole=whole)
     counts = sp.csr_matrix(counts, dtype=np.float32)
     if source.gene_map is not None:
         counts = _rename_columns(counts, source.gene_map, num_genes)
@@ -237,25 +248,42 @@ def _rename_columns(
     return sp.csr_matrix((values, np.maximum(genes, 0), counts.indptr), shape=shape)
 
 
-def _check_values(
-    counts: sp.csr_matrix, rows: npt.NDArray[np.int64], source: SourceFile, *, whole: bool
+def check_stored_values(
+    values: npt.NDArray[Any],
+    source: SourceFile,
+    locate: Callable[[int], tuple[int, int]],
+    *,
+    whole: bool,
 ) -> None:
-    values = counts.data
+    """Check that values are numbers that expression can have.
+
+    Parameters
+    ----------
+    values
+        [n] as they are stored.
+    source
+        Where they come from.
+    locate
+        Gives row and gene of a value, for the message.
+    whole
+        Whether they must be whole numbers, as raw counts are.
+
+    Raises
+    ------
+    StoreError
+        If one is negative, not finite, or not whole though it must be.
+    """
     where = f"{source.matrix} of {source.name}"
-    if values.dtype.kind not in ("b", "i", "u", "f"):
+    kind = values.dtype.kind
+    if kind not in ("b", "i", "u", "f"):
         raise StoreError(f"{where} holds {values.dtype} values; expression is numbers")
-    if values.dtype.kind in ("b", "u"):
+    if kind in ("b", "u") or (kind == "i" and values.min(initial=0) >= 0):
         return
-    is_bad = values < 0
-    if values.dtype.kind == "f":
-        is_bad |= ~np.isfinite(values)
-        if whole:
-            is_bad |= values != np.floor(values)
-    if not is_bad.any():
+    first = _find_bad(values, whole)
+    if first < 0:
         return
-    first = int(np.argmax(is_bad))
-    row = source.first_row + int(rows[np.searchsorted(counts.indptr, first, side="right") - 1])
-    found = f"{where} holds {values[first]:g} (row {row}, gene {int(counts.indices[first])})"
+    row, gene = locate(first)
+    found = f"{where} holds {values[first]:g} (row {row}, gene {gene})"
     others = _other_matrices(source)
     advice = f"choose one of its other matrices (data.layer, --layer): {others}" if others else ""
     if not whole:
@@ -267,6 +295,30 @@ def _check_values(
         f"{found}, but raw counts are whole numbers >= 0. Is it already normalised? "
         f"Give a file with raw counts (data.input){advice and ', or ' + advice}"
     )
+
+
+def _find_bad(values: npt.NDArray[Any], whole: bool) -> int:  # noqa: FBT001 - as numba calls it
+    # Blocks fit the cache, so that a second look at them costs no memory traffic.
+    for start in range(0, values.size, _VALUES_PER_CHECK):
+        block = values[start : start + _VALUES_PER_CHECK]
+        if block.dtype.kind == "f" and not block.dtype.isnative or block.dtype.itemsize == 2:
+            block = block.astype(np.float32)
+        if _has_bad(block, whole):
+            is_bad = ~((block >= 0) & (block <= _LARGEST))
+            if whole:
+                is_bad |= block != np.floor(block)
+            return start + int(np.argmax(is_bad))
+    return -1
+
+
+@numba.njit(cache=True, nogil=True)
+def _has_bad(values: npt.NDArray[Any], whole: bool) -> bool:  # noqa: FBT001 - compiled
+    bad = 0
+    for value in values:
+        # False for NaN too.
+        bad |= not (value >= 0 and value <= _LARGEST)
+        bad |= whole and value != np.floor(value)
+    return bad != 0
 
 
 def _other_matrices(source: SourceFile) -> str:

@@ -20,7 +20,13 @@ import pandas as pd
 from anndata.io import write_elem
 
 from data_store.csr_writer import CsrWriter
-from data_store.expression_source import Expression, LabelledExpression, cut_rows, read_block
+from data_store.expression_source import (
+    DealtRows,
+    Expression,
+    LabelledExpression,
+    cut_rows,
+    read_block,
+)
 from data_store.files import file_made_whole
 from data_store.pert_deltas import NO_TARGET, PertDeltas
 from data_store.schema import StoreError, TaskRunner
@@ -143,7 +149,7 @@ def write_kept_cells(
     for column in obs.select_dtypes("category"):
         obs[column] = obs[column].cat.remove_unused_categories()
     blocks = cut_rows(expression.rows[is_kept_N], rows_per_block)
-    read = partial(read_block, reader=expression.reader)
+    read = partial(read_block, reader=expression.reader, as_counts=True)
     with file_made_whole(out) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         write_elem(file, "obs", obs)
@@ -160,5 +166,5 @@ def _input_paths(expression: Expression) -> set[Path]:
     reader = expression.reader
     if isinstance(reader, Store):
         return {reader.path.resolve()}
-    # By name: what was stored by column is read from a copy of ours.
-    return {Path(file.name).resolve() for file in reader.files}
+    source = reader.source if isinstance(reader, DealtRows) else reader
+    return {Path(file.name).resolve() for file in source.files}

@@ -7,6 +7,7 @@ product, so that the genes selected from them are scanpy's. Shape legend: N cell
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -46,19 +47,29 @@ class GeneMoments:
     @staticmethod
     def from_csr(values: sp.csr_matrix) -> GeneMoments:
         """Gather the moments of a [N, G] float32 CSR block without duplicates."""
-        moments = GeneMoments.zeros(values.shape[1])
+        return GeneMoments.from_values(values.data, values.indices, *values.shape)
+
+    @staticmethod
+    def from_values(
+        values: npt.NDArray[np.float32],
+        genes: npt.NDArray[Any],
+        num_cells: int,
+        num_genes: int,
+    ) -> GeneMoments:
+        """Gather the moments of the values of ``num_cells`` cells, [nnz] with their genes."""
+        moments = GeneMoments.zeros(num_genes)
         _accumulate(
-            values.data,
-            values.indices,
+            values,
+            genes,
             moments.nnz_G,
             moments.sum_G,
             moments.sum_sq_G,
             moments.min_G,
             moments.max_G,
         )
-        has_zero = moments.nnz_G < values.shape[0]
+        has_zero = moments.nnz_G < num_cells
         return GeneMoments(
-            num_cells=values.shape[0],
+            num_cells=num_cells,
             nnz_G=moments.nnz_G,
             sum_G=moments.sum_G,
             sum_sq_G=moments.sum_sq_G,
@@ -103,7 +114,7 @@ class GeneMoments:
 @numba.njit(cache=True, nogil=True)
 def _accumulate(
     data: npt.NDArray[np.float32],
-    indices: npt.NDArray[np.int32],
+    indices: npt.NDArray[Any],
     nnz_G: npt.NDArray[np.int64],
     sum_G: npt.NDArray[np.float64],
     sum_sq_G: npt.NDArray[np.float64],

@@ -6,12 +6,18 @@ ratio to the target, and the division of each count. Shape legend: N cells, G ge
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
 # log1p of a count above three million: no normalised cell reaches it, raw counts do.
 MAX_LOG1P = 15
+NUM_LEVELS = 256
+"""Counts below this are looked up in a table of the cell's values: few others occur."""
 
 
 def compute_library_size(counts: sp.csr_matrix) -> npt.NDArray[np.float64]:
@@ -40,6 +46,79 @@ def normalize_log1p(counts: sp.csr_matrix, size_factors: npt.NDArray[np.float32]
     divisors = np.repeat(size_factors, np.diff(counts.indptr))
     values = np.log1p(counts.data / divisors)
     return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+
+
+def tabulate_log1p(size_factors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return what ``normalize_log1p`` makes of small counts, [N, ``NUM_LEVELS``].
+
+    Counts repeat, so that looking them up is much cheaper than a logarithm for each.
+    """
+    levels = np.arange(NUM_LEVELS, dtype=np.float32)
+    table: npt.NDArray[np.float32] = np.log1p(levels / size_factors[:, None])
+    return table
+
+
+def look_up_log1p(
+    counts: npt.NDArray[Any],
+    indptr: npt.NDArray[np.int64],
+    size_factors: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """Return what ``normalize_log1p`` makes of the counts of CSR rows, the same bits.
+
+    Parameters
+    ----------
+    counts
+        [nnz] counts, unsigned or whole float32.
+    indptr
+        [N + 1] where each row begins.
+    size_factors
+        [N] divisors.
+    """
+    return _look_up(counts, indptr, size_factors, tabulate_log1p(size_factors), np.log1p)
+
+
+def look_up_normalized(
+    counts: npt.NDArray[Any],
+    indptr: npt.NDArray[np.int64],
+    size_factors: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """Return normalised counts as ``look_up_log1p``, brought back from log1p with its rounding."""
+    table = np.expm1(tabulate_log1p(size_factors))
+    return _look_up(counts, indptr, size_factors, table, lambda x: np.expm1(np.log1p(x)))
+
+
+def _look_up(
+    counts: npt.NDArray[Any],
+    indptr: npt.NDArray[np.int64],
+    size_factors: npt.NDArray[np.float32],
+    table: npt.NDArray[np.float32],
+    compute: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+) -> npt.NDArray[np.float32]:
+    values = np.empty(counts.size, dtype=np.float32)
+    if _fill_values(counts, indptr, table, values):
+        large = np.flatnonzero(counts >= NUM_LEVELS)
+        rows = np.searchsorted(indptr, large, side="right") - 1
+        values[large] = compute(counts[large].astype(np.float32) / size_factors[rows])
+    return values
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_values(
+    counts: npt.NDArray[Any],
+    indptr: npt.NDArray[np.int64],
+    table: npt.NDArray[np.float32],
+    values: npt.NDArray[np.float32],
+) -> int:
+    """Look up the small counts, and return how many are not."""
+    num_large = 0
+    last = table.shape[1] - 1
+    for row in range(indptr.size - 1):
+        levels = table[row]
+        for entry in range(indptr[row], indptr[row + 1]):
+            count = np.int64(counts[entry])
+            num_large += count > last
+            values[entry] = levels[min(count, last)]
+    return num_large
 
 
 def expm1(values: sp.csr_matrix) -> sp.csr_matrix:

@@ -1,4 +1,4 @@
-"""From an h5ad with raw counts to a finished store: plan, scan, moments, write, commit.
+"""From an h5ad with raw counts to a finished store: deal, rank genes, write, commit.
 
 ``statewide preprocess INPUT.h5ad --out STORE`` runs this. The store is built in ``OUT.partial``
 and renamed when it is complete; a run that was killed continues there and ends with the same
@@ -15,17 +15,17 @@ from pathlib import Path
 
 from data_store.annotations import consolidate_metadata, write_annotations
 from data_store.atlas import open_source
+from data_store.deal import estimate_nnz
 from data_store.files import full_disk_is_a_user_error
 from data_store.genes import check_flavor
 from data_store.ingest import CountSource
 from data_store.locate import describe_input, explain_change
 from data_store.manifest import FileRecord, Manifest, write_manifest
-from data_store.preprocess_plan import Cells, PreprocessSpec, plan_store, read_cells
+from data_store.preprocess_plan import Cells, PreprocessSpec, deal_cells, plan_store, read_cells
 from data_store.preprocess_tasks import WriteJob, plan_store_blocks, write_block
 from data_store.schema import StoreError, TaskRunner, run_in_process
-from data_store.shards import StoreLayout, create_arrays
+from data_store.shards import create_arrays
 from data_store.store import Store
-from data_store.transpose import transpose_columns
 from data_store.workspace import Workspace, find_finished_store, remove_leftovers
 
 __all__ = ["PreprocessSpec", "preprocess", "read_perturbations"]
@@ -34,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 # What a non-zero takes on disk after lz4 in X, with its gene number, and in the dense X_hvg, with
 # its share of the zeros: rounded up from real atlases.
-BYTES_PER_NNZ = 5
+BYTES_PER_NNZ = 3
 BYTES_PER_HVG_NNZ = 8
+# And in the deals, which are not compressed, and the store together.
+BYTES_PER_DEALT_NNZ = 4 + BYTES_PER_NNZ
 
 
 def read_perturbations(spec: PreprocessSpec) -> tuple[str, ...]:
@@ -104,15 +106,33 @@ def _build(
     workspace: Workspace,
     run_tasks: TaskRunner,
 ) -> None:
-    row_source = transpose_columns(source, workspace.rows, run_tasks)
-    content = plan_store(spec, source, row_source, cells, workspace, run_tasks)
+    _check_room(
+        workspace,
+        BYTES_PER_DEALT_NNZ * estimate_nnz(source, cells.rows) - workspace.num_dealt_bytes(),
+        "the cells, sorted for a while, and the store need",
+    )
+    dealt = deal_cells(spec, source, cells.rows, workspace, run_tasks)
+    content = plan_store(spec, source, cells, dealt, workspace, run_tasks)
     plan, root = content.plan, workspace.root
-    _check_disk_space(workspace, plan.layout, content.hvg_nnz)
+    _check_room(
+        workspace,
+        BYTES_PER_NNZ * plan.layout.nnz
+        + BYTES_PER_HVG_NNZ * content.hvg_nnz
+        + 8 * plan.layout.num_cells
+        - workspace.num_bytes(),
+        "the store needs",
+    )
     create_arrays(root, plan.layout, plan.indptr)
-    write_annotations(root, content.obs, content.var, hvg_flavor=spec.hvg_flavor)
+    write_annotations(
+        root,
+        content.obs,
+        content.var,
+        target_sum=content.target_sum,
+        hvg_flavor=spec.hvg_flavor,
+    )
     consolidate_metadata(root)
-    job = WriteJob(root, workspace.records, row_source, plan.layout, plan.hvg_index)
-    blocks = plan_store_blocks(plan.layout, plan.indptr, plan.rows, plan.size_factors)
+    job = WriteJob(root, workspace.records, dealt.deals, plan.layout, plan.hvg_index)
+    blocks = plan_store_blocks(plan.layout, plan.indptr, plan.size_factors)
     written = run_tasks(partial(write_block, job=job), blocks, what="write store", unit="cells")
     shards: dict[str, FileRecord] = {}
     for files in written:
@@ -133,12 +153,10 @@ def _build(
     )
 
 
-def _check_disk_space(workspace: Workspace, layout: StoreLayout, nnz_hvg: int) -> None:
-    needed = BYTES_PER_NNZ * layout.nnz + BYTES_PER_HVG_NNZ * nnz_hvg + 8 * layout.num_cells
-    needed -= workspace.num_bytes()
+def _check_room(workspace: Workspace, needed: int, what: str) -> None:
     free = shutil.disk_usage(workspace.root).free
     if needed > free:
         raise StoreError(
-            f"the store needs about {needed / 2**30:.2f} GiB at {workspace.out}, but the disk has "
+            f"{what} about {needed / 2**30:.2f} GiB at {workspace.out}, but the disk has "
             f"{free / 2**30:.2f} GiB free; free some space or choose another output folder (--out)"
         )

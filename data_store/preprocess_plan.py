@@ -1,7 +1,7 @@
 """Decide what a store holds before it is written: cells, genes, their order, and its layout.
 
-Two passes over the counts (``scan``, ``moments``), each kept in the workspace. ``preprocess`` and
-``repair`` begin here.
+The order comes from ``obs`` alone; the counts are then dealt into it, and the genes ranked from
+the deals. ``preprocess`` and ``repair`` begin here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import pandas as pd
 
 from data_store.atlas import read_table
 from data_store.count_blocks import CountBlock
+from data_store.deal import DealJob, Dealt, deal_atlas
+from data_store.deal_file import Deals
 from data_store.genes import refuse_too_many_batches, select_genes
 from data_store.ingest import CountSource
 from data_store.normalize import compute_size_factors, compute_target_sum
@@ -31,7 +33,7 @@ from data_store.obs_labels import (
     read_library_sizes,
     select_cells,
 )
-from data_store.preprocess_tasks import SourceBlock, scan_block, work_on_counts
+from data_store.preprocess_tasks import CellBlock, work_on_counts
 from data_store.schema import (
     GeneChoice,
     HvgFlavor,
@@ -103,20 +105,15 @@ class PreprocessSpec:
 
 @dataclass(frozen=True)
 class Cells:
-    """The kept cells, in the order of the atlas."""
+    """The kept cells, in store order: each (context, perturbation, batch) is contiguous."""
 
     rows: npt.NDArray[np.int64]
-    """[N] rows in the atlas, ascending."""
+    """[N] rows in the atlas, ascending within a group."""
     obs: pd.DataFrame
     labels: CellLabels
     given_library_size: npt.NDArray[np.float64] | None
     hvg_batch: Labels
     """Batches to select genes in; one without ``hvg_batch_key``."""
-
-    def store_order(self) -> npt.NDArray[np.int64]:
-        """Return the order that makes each (context, perturbation, batch) contiguous."""
-        labels = self.labels
-        return np.lexsort((self.rows, labels.batch.codes, labels.pert.codes, labels.context.codes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +124,6 @@ class StorePlan:
     """Shapes and shards."""
     indptr: npt.NDArray[np.int64]
     """[N + 1] first non-zero of each cell, and the end."""
-    rows: npt.NDArray[np.int64]
-    """[N] row of each cell in the atlas."""
     size_factors: npt.NDArray[np.float32]
     """[N] divisors of the counts."""
     hvg_index: npt.NDArray[np.int64]
@@ -148,7 +143,7 @@ class StoreContent:
 
 
 def read_cells(spec: PreprocessSpec, source: CountSource) -> Cells:
-    """Read ``obs``, keep the cells asked for, and code their labels.
+    """Read ``obs``, keep the cells asked for, code their labels, and put them in store order.
 
     Raises
     ------
@@ -162,10 +157,12 @@ def read_cells(spec: PreprocessSpec, source: CountSource) -> Cells:
         obs[column] = obs[column].cat.remove_unused_categories()
     path = Path(spec.input)
     labels = read_cell_labels(obs, spec.columns, path)
+    order = np.lexsort((rows, labels.batch.codes, labels.pert.codes, labels.context.codes))
+    rows, obs = rows[order], obs.iloc[order]
     given = None
     if spec.library_size_col is not None:
         given = read_library_sizes(obs, spec.library_size_col, path)
-    reserved = {"source_row", "library_size"} - {spec.library_size_col}
+    reserved = {"source_row", "size_factor"} | ({"library_size"} - {spec.library_size_col})
     taken = sorted(reserved & set(obs.columns))
     if taken:
         raise StoreError(
@@ -174,38 +171,58 @@ def read_cells(spec: PreprocessSpec, source: CountSource) -> Cells:
         )
     hvg_batch = read_labels_or_one(obs, spec.hvg_batch_key, "data.hvg_batch_key", path)
     refuse_too_many_batches(len(hvg_batch.names), source.num_genes)
-    return Cells(rows, obs, labels, given, hvg_batch)
+    return Cells(rows, obs, read_cell_labels(obs, spec.columns, path), given, hvg_batch)
+
+
+def deal_cells(
+    spec: PreprocessSpec,
+    source: CountSource,
+    rows: npt.NDArray[np.int64],
+    workspace: Workspace,
+    run_tasks: TaskRunner,
+) -> Dealt:
+    """Deal cells of the atlas, [N] in store order; a row of -1 is left empty.
+
+    Raises
+    ------
+    StoreError
+        If the counts are not raw, or a matrix is damaged.
+    """
+    place = np.full(source.num_cells, -1, dtype=np.int64)
+    is_wanted = rows >= 0
+    place[rows[is_wanted]] = np.flatnonzero(is_wanted)
+    job = DealJob(source, place, workspace.deals, is_count=True)
+    return deal_atlas(job, run_tasks, rows_per_block=spec.rows_per_block)
 
 
 def plan_store(
     spec: PreprocessSpec,
     source: CountSource,
-    row_source: CountSource,
     cells: Cells,
+    dealt: Dealt,
     workspace: Workspace,
     run_tasks: TaskRunner,
 ) -> StoreContent:
-    """Scan the counts, choose the genes, and order the cells.
+    """Choose the genes and describe the cells.
 
     Parameters
     ----------
     spec, source, cells
         Settings, input, and its kept cells.
-    row_source
-        The same counts, by row in all files.
+    dealt
+        Their counts.
     workspace
-        Keeps the results of the passes.
+        Keeps the table of genes.
     run_tasks
         Maps the tasks.
 
     Raises
     ------
     StoreError
-        If the counts are not raw, most cells are empty, or no gene varies.
+        If most cells are empty, or no gene varies.
     """
-    scan = workspace.cached("scan", partial(_scan, spec, row_source, cells, run_tasks))
-    library_size = _choose_library_size(spec, cells, scan)
-    num_empty = _report_empty_cells(scan["nnz"])
+    library_size = _choose_library_size(spec, cells, dealt)
+    num_empty = _report_empty_cells(dealt.nnz)
     target_sum = compute_target_sum(library_size)
     if target_sum <= 0:
         raise StoreError(
@@ -213,23 +230,26 @@ def plan_store(
             f"{target_sum:g}: more than half of them have no counts; filter them out (data.keep)"
         )
     factors = compute_size_factors(library_size, target_sum)
-    genes = workspace.cached("genes", partial(_rank, spec, row_source, cells, factors, run_tasks))
+    genes = workspace.cached(
+        "genes", partial(_rank, spec, cells, dealt.deals, source.genes, factors, run_tasks)
+    )
     hvg_index = np.flatnonzero(genes["highly_variable"])
-    order = cells.store_order()
-    indptr = np.concatenate([[0], np.cumsum(scan["nnz"][order])])
+    indptr = np.concatenate([[0], np.cumsum(dealt.nnz)])
     layout = plan_layout(
-        num_cells=order.size,
+        num_cells=cells.rows.size,
         num_genes=source.num_genes,
         num_hvg=hvg_index.size,
         nnz=int(indptr[-1]),
         rows_per_block=spec.rows_per_block,
+        count_dtype=dealt.deals.dtype,
     )
-    rows = cells.rows[order]
     var = read_table(source, "var")
     return StoreContent(
-        plan=StorePlan(layout, indptr, rows, factors[order], hvg_index),
-        obs=cells.obs.iloc[order].assign(
-            source_row=source.row_in_file(rows), library_size=library_size[order]
+        plan=StorePlan(layout, indptr, factors, hvg_index),
+        obs=cells.obs.assign(
+            source_row=source.row_in_file(cells.rows),
+            library_size=library_size,
+            size_factor=factors,
         ),
         var=var.assign(**{name: genes[name] for name in genes if name != "nnz"}),
         target_sum=target_sum,
@@ -259,52 +279,40 @@ def _report_empty_cells(nnz: npt.NDArray[np.int64]) -> int:
     return num_empty
 
 
-def _scan(
-    spec: PreprocessSpec, source: CountSource, cells: Cells, run_tasks: TaskRunner
-) -> dict[str, npt.NDArray[Any]]:
-    blocks = [SourceBlock(rows) for rows in _cut(cells.rows, spec.rows_per_block)]
-    task = partial(scan_block, source=source)
-    scans = list(run_tasks(task, blocks, what="check counts", unit="cells"))
-    return {
-        "library_size": np.concatenate([scan.library_size for scan in scans]),
-        "nnz": np.concatenate([scan.nnz for scan in scans]),
-    }
-
-
 def _rank(
     spec: PreprocessSpec,
-    source: CountSource,
     cells: Cells,
+    deals: Deals,
+    genes: Sequence[str],
     factors: npt.NDArray[np.float32],
     run_tasks: TaskRunner,
 ) -> dict[str, npt.NDArray[Any]]:
     size = spec.rows_per_block
-    parts = (_cut(values, size) for values in (cells.rows, factors, cells.hvg_batch.codes))
-    blocks = [SourceBlock(*part) for part in zip(*parts, strict=True)]
+    codes = cells.hvg_batch.codes
+    blocks = [
+        CellBlock(start, factors[start : start + size], codes[start : start + size])
+        for start in range(0, factors.size, size)
+    ]
 
     def map_blocks(work: Callable[[CountBlock], Result], *, what: str) -> Iterator[Result]:
-        task = partial(work_on_counts, source=source, work=work)
+        task = partial(work_on_counts, deals=deals, work=work)
         return run_tasks(task, blocks, what=what, unit="cells")
 
     table = select_genes(
         map_blocks,
         flavor=spec.hvg_flavor,
         n_top_genes=spec.n_top_genes,
-        genes=source.genes,
+        genes=genes,
         batch_names=None if spec.hvg_batch_key is None else cells.hvg_batch.names,
     )
     return {str(name): table[name].to_numpy() for name in table}
 
 
-def _cut(values: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
-    return [values[start : start + size] for start in range(0, values.size, size)]
-
-
 def _choose_library_size(
-    spec: PreprocessSpec, cells: Cells, scan: Mapping[str, npt.NDArray[Any]]
+    spec: PreprocessSpec, cells: Cells, dealt: Dealt
 ) -> npt.NDArray[np.float64]:
     given = cells.given_library_size
     if given is None or spec.library_size_col is None:
-        return scan["library_size"]
-    check_library_sizes(given, scan["library_size"], spec.library_size_col, cells.obs.index)
+        return dealt.library_size
+    check_library_sizes(given, dealt.library_size, spec.library_size_col, cells.obs.index)
     return given

@@ -1,6 +1,6 @@
-"""The work of preprocessing, cut into tasks that any process can do: scan, moments, write.
+"""What preprocessing does with the dealt cells, cut into tasks that any process can do.
 
-Each task opens the input itself and returns a small record, never a matrix. A task that is done
+Each task opens the deals itself and returns a small record, never a matrix. A task that is done
 again gives the same bytes, so a killed run loses only the blocks in flight.
 """
 
@@ -10,68 +10,45 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
 from data_store.count_blocks import CountBlock
+from data_store.deal_file import Deals, SparseRows
 from data_store.files import full_disk_is_a_user_error, write_json_atomically
-from data_store.ingest import CountSource, read_count_rows
 from data_store.manifest import FileRecord, hash_file, is_intact
-from data_store.normalize import compute_library_size, normalize_log1p
+from data_store.row_blocks import CountRows
 from data_store.shards import HVG_PATH, StoreLayout, write_hvg_shard, write_nnz_shards
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class SourceBlock:
-    """Cells to scan, in the order of the atlas."""
+class CellBlock:
+    """Rows of the store to take statistics of."""
 
-    rows: npt.NDArray[np.int64]
-    """[n] row numbers in the atlas, ascending."""
-    size_factors: npt.NDArray[np.float32] | None = None
-    """[n] divisors; None while they are not known."""
-    batch_codes: npt.NDArray[np.int64] | None = None
-    """[n] batches to select genes in; None where no genes are selected."""
+    start: int
+    """First row."""
+    size_factors: npt.NDArray[np.float32]
+    """[n] divisors."""
+    batch_codes: npt.NDArray[np.int64]
+    """[n] batches to select genes in."""
 
     @property
     def num_cells(self) -> int:
-        """Cells in the block."""
-        return self.rows.size
+        """Rows in the block."""
+        return self.size_factors.size
 
 
-@dataclass(frozen=True)
-class BlockScan:
-    """What the first look at a block finds."""
-
-    library_size: npt.NDArray[np.float64]
-    """[n] row sums."""
-    nnz: npt.NDArray[np.int64]
-    """[n] non-zeros of each row."""
-
-
-def scan_block(block: SourceBlock, source: CountSource) -> BlockScan:
-    """Check that the counts are raw, and measure each cell."""
-    counts = read_count_rows(source, block.rows)
-    return BlockScan(compute_library_size(counts), np.diff(counts.indptr).astype(np.int64))
-
-
-def work_on_counts(
-    block: SourceBlock, source: CountSource, work: Callable[[CountBlock], Result]
-) -> Result:
-    """Read the raw counts of a block and do some work on them.
-
-    Raises
-    ------
-    ValueError
-        If the block does not say how its cells are scaled and which batch they are of.
-    """
-    if block.size_factors is None or block.batch_codes is None:
-        raise ValueError("the block has no size_factors or no batch_codes")
-    counts = read_count_rows(source, block.rows)
+def work_on_counts(block: CellBlock, deals: Deals, work: Callable[[CountBlock], Result]) -> Result:
+    """Read the raw counts of a block and do some work on them."""
+    rows = deals.read(block.start, block.start + block.num_cells)
+    shape = (block.num_cells, deals.num_genes)
+    counts = sp.csr_matrix((rows.values, rows.genes, rows.indptr), shape=shape)
     return work(CountBlock(counts, block.size_factors, block.batch_codes))
 
 
@@ -87,10 +64,12 @@ class StoreBlock:
     """Number of the block and of its shard of ``X_hvg``."""
     num_cells: int
     """Rows in the block itself."""
-    rows: npt.NDArray[np.int64]
-    """[n] row numbers in the atlas of the rows to read, in store order; n >= ``num_cells``."""
+    start: int
+    """First row."""
+    read_stop: int
+    """The row after the last to read, at or after the end of the block."""
     size_factors: npt.NDArray[np.float32]
-    """[n] divisors."""
+    """[``num_cells``] divisors."""
     first_nnz: int
     """Position in ``X/data`` of the first value read."""
     first_shard: int
@@ -114,8 +93,8 @@ class WriteJob:
     """The unfinished store."""
     records: Path
     """Folder with a record of each finished block."""
-    source: CountSource
-    """The atlas, by row in all files."""
+    deals: Deals
+    """The counts."""
     layout: StoreLayout
     """Shapes and shards."""
     hvg_index: npt.NDArray[np.int64]
@@ -125,7 +104,6 @@ class WriteJob:
 def plan_store_blocks(
     layout: StoreLayout,
     indptr: npt.NDArray[np.int64],
-    source_row: npt.NDArray[np.int64],
     size_factors: npt.NDArray[np.float32],
 ) -> list[StoreBlock]:
     """Cut the store into blocks of ``shard_rows`` rows; arrays are in store order."""
@@ -139,8 +117,9 @@ def plan_store_blocks(
             StoreBlock(
                 index=index,
                 num_cells=stop - start,
-                rows=source_row[start:read_stop],
-                size_factors=size_factors[start:read_stop],
+                start=start,
+                read_stop=read_stop,
+                size_factors=size_factors[start:stop],
                 first_nnz=int(indptr[start]),
                 first_shard=int(first_shard),
                 stop_nnz=stop_nnz,
@@ -161,23 +140,61 @@ def write_block(block: StoreBlock, job: WriteJob) -> dict[str, FileRecord]:
     finished = read_block_record(record_path)
     if finished and all(is_intact(job.root / name, file) for name, file in finished.items()):
         return finished
-    counts = read_count_rows(job.source, block.rows)
-    values = normalize_log1p(counts, block.size_factors)
+    rows = job.deals.read(block.start, block.read_stop)
     with full_disk_is_a_user_error(job.root):
-        names = _write_shards(block, job, values)
+        names = _write_shards(block, job, rows)
         files = {name: hash_file(job.root / name) for name in names}
     write_json_atomically(record_path, {name: asdict(file) for name, file in files.items()})
     return files
 
 
-def _write_shards(block: StoreBlock, job: WriteJob, values: sp.csr_matrix) -> list[str]:
-    start = block.first_shard * job.layout.shard_nnz - block.first_nnz
+def _write_shards(block: StoreBlock, job: WriteJob, rows: SparseRows) -> list[str]:
+    layout = job.layout
+    start = block.first_shard * layout.shard_nnz - block.first_nnz
     owned = slice(start, max(start, block.stop_nnz - block.first_nnz))
     names = write_nnz_shards(
-        job.root, job.layout, block.first_shard, values.data[owned], values.indices[owned]
+        job.root, layout, block.first_shard, rows.values[owned], rows.genes[owned]
     )
-    hvg_values = values[: block.num_cells][:, job.hvg_index]
-    return names + write_hvg_shard(job.root, job.layout, block.index, hvg_values)
+    hvg = _densify_columns(block, rows, job.hvg_index, layout.num_genes)
+    return names + write_hvg_shard(job.root, layout, block.index, hvg)
+
+
+def _densify_columns(
+    block: StoreBlock, rows: SparseRows, columns: npt.NDArray[np.int64], num_genes: int
+) -> npt.NDArray[np.float32]:
+    column_of_gene = np.full(num_genes, -1, dtype=np.int32)
+    column_of_gene[columns] = np.arange(columns.size)
+    picked = _pick_columns(rows.indptr, rows.genes, rows.values, column_of_gene, block.num_cells)
+    values = np.empty((block.num_cells, columns.size), dtype=np.float32)
+    places = np.arange(block.num_cells)
+    CountRows(*picked, block.size_factors).copy_rows(places, values, places)
+    return values
+
+
+@numba.njit(cache=True, nogil=True)
+def _pick_columns(
+    indptr: npt.NDArray[np.int64],
+    genes: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    column_of_gene: npt.NDArray[np.int32],
+    num_rows: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[Any]]:
+    """Return the same rows with the values of some columns, in CSR."""
+    found = 0
+    for entry in range(indptr[num_rows]):
+        found += column_of_gene[genes[entry]] >= 0
+    starts = np.zeros(num_rows + 1, dtype=np.int64)
+    columns, picked = np.empty(found, dtype=np.int32), np.empty(found, dtype=values.dtype)
+    target = 0
+    for row in range(num_rows):
+        for entry in range(indptr[row], indptr[row + 1]):
+            column = column_of_gene[genes[entry]]
+            if column >= 0:
+                columns[target] = column
+                picked[target] = values[entry]
+                target += 1
+        starts[row + 1] = target
+    return starts, columns, picked
 
 
 def read_block_record(path: Path) -> dict[str, FileRecord]:

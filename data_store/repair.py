@@ -8,7 +8,7 @@ has the checksum that the manifest recorded. Tested by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +21,17 @@ from data_store.hints import some
 from data_store.ingest import CountSource
 from data_store.locate import describe_input, explain_change
 from data_store.manifest import Manifest, is_intact, list_damaged, read_manifest
-from data_store.normalize import compute_size_factors
-from data_store.preprocess_plan import PreprocessSpec, StorePlan, plan_store, read_cells
-from data_store.preprocess_tasks import WriteJob, plan_store_blocks, write_block
+from data_store.preprocess_plan import (
+    PreprocessSpec,
+    StorePlan,
+    deal_cells,
+    plan_store,
+    read_cells,
+)
+from data_store.preprocess_tasks import StoreBlock, WriteJob, plan_store_blocks, write_block
 from data_store.schema import InputPath, ObsColumns, StoreError, TaskRunner, run_in_process
 from data_store.shards import create_arrays, plan_layout
 from data_store.store import Store
-from data_store.transpose import transpose_columns
 from data_store.workspace import Workspace
 
 
@@ -117,38 +121,56 @@ def _make_anew(
     workspace: Workspace,
     run_tasks: TaskRunner,
 ) -> None:
-    row_source = transpose_columns(source, workspace.rows, run_tasks)
     if all("/c/" in name and name.startswith(("X/data", "X/indices", "obsm/")) for name in damaged):
-        plan = _read_plan(spec.out, manifest)
+        store = Store.load(spec.out, manifest)
+        plan, rows = _read_plan(store), store.source_row
         create_arrays(workspace.root, plan.layout, plan.indptr)
+        blocks = _damaged_blocks(plan, damaged)
+        is_needed = np.zeros(rows.size, dtype=bool)
+        for block in blocks:
+            is_needed[block.start : block.read_stop] = True
+        rows = np.where(is_needed, rows, -1)
+        deals = deal_cells(spec, source, rows, workspace, run_tasks).deals
+        # What is left of the counts may need a smaller type than all of them.
+        deals = replace(deals, dtype=plan.layout.count_dtype)
     else:
         cells = read_cells(spec, source)
-        content = plan_store(spec, source, row_source, cells, workspace, run_tasks)
-        plan = content.plan
+        dealt = deal_cells(spec, source, cells.rows, workspace, run_tasks)
+        content = plan_store(spec, source, cells, dealt, workspace, run_tasks)
+        deals, plan = dealt.deals, content.plan
         create_arrays(workspace.root, plan.layout, plan.indptr)
-        write_annotations(workspace.root, content.obs, content.var, hvg_flavor=spec.hvg_flavor)
+        write_annotations(
+            workspace.root,
+            content.obs,
+            content.var,
+            target_sum=content.target_sum,
+            hvg_flavor=spec.hvg_flavor,
+        )
         consolidate_metadata(workspace.root)
-    blocks = [
-        block
-        for block in plan_store_blocks(plan.layout, plan.indptr, plan.rows, plan.size_factors)
-        if not set(damaged).isdisjoint(block.shards(plan.layout))
-    ]
-    job = WriteJob(workspace.root, workspace.records, row_source, plan.layout, plan.hvg_index)
+        blocks = _damaged_blocks(plan, damaged)
+    job = WriteJob(workspace.root, workspace.records, deals, plan.layout, plan.hvg_index)
     list(run_tasks(partial(write_block, job=job), blocks, what="repair", unit="cells"))
 
 
-def _read_plan(path: Path, manifest: Manifest) -> StorePlan:
-    """Take the plan from the intact tables of the store: no pass over the input is needed."""
-    store = Store.load(path, manifest)
+def _damaged_blocks(plan: StorePlan, damaged: Sequence[str]) -> list[StoreBlock]:
+    return [
+        block
+        for block in plan_store_blocks(plan.layout, plan.indptr, plan.size_factors)
+        if not set(damaged).isdisjoint(block.shards(plan.layout))
+    ]
+
+
+def _read_plan(store: Store) -> StorePlan:
+    """Take the plan from the intact tables of the store: no gene need be ranked."""
     layout = plan_layout(
         num_cells=store.num_cells,
         num_genes=len(store.genes),
         num_hvg=store.hvg_index.size,
         nnz=int(store.indptr[-1]),
-        rows_per_block=manifest.rows_per_block,
+        rows_per_block=store.manifest.rows_per_block,
+        count_dtype=store.count_dtype,
     )
-    factors = compute_size_factors(store.library_size, store.target_sum)
-    return StorePlan(layout, store.indptr, np.asarray(store.source_row), factors, store.hvg_index)
+    return StorePlan(layout, store.indptr, store.size_factor, store.hvg_index)
 
 
 def _list_differing(manifest: Manifest, names: Sequence[str], made: Path) -> list[str]:

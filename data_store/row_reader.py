@@ -1,7 +1,7 @@
 """Gather rows of the expression matrix in any order, from memory or from the store.
 
-One reader serves all loaders of a process, training and validation alike. What fits the memory is
-held there, dense if possible and else sparse; the rest is read from the store when it is asked for.
+One reader serves all loaders of a process, training and validation alike. What fits the memory
+is held there, dense if possible and else as counts; the rest is read from the store when asked for.
 Shape legend: N rows asked for, G genes. Tests: ``pytest tests/unit/data_store/test_row_reader.py``.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_store.cell_store import CellStore, Rows
-from data_store.row_blocks import CsrRows, DenseRows, RowBlock, find_spans
+from data_store.row_blocks import CountRows, DenseRows, RowBlock, find_spans
 from data_store.schema import OutputSpace
 from data_store.shard_reader import ReadBuffer
 
@@ -113,13 +113,11 @@ class StoreRows:
                 self._read(span).copy_rows(span - span[0], held.values, slots)
                 first += len(span)
             return held
-        row_nnz = self._store.row_nbytes(self._space)[rows]
-        row_nnz //= CsrRows.bytes_per_nonzero(self._num_genes)
-        sparse = CsrRows.allocate(row_nnz, self._num_genes)
+        sparse = self._store.allocate_counts(rows)
         first = 0
         for span in _find_spans(rows):
             block = self._read(span)
-            assert isinstance(block, CsrRows)
+            assert isinstance(block, CountRows)
             sparse.fill_from(first, block, span - span[0])
             first += len(span)
         return sparse

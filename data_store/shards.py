@@ -1,7 +1,7 @@
 """Write the matrices of a store: sharded Zarr v3 arrays in the form that anndata reads.
 
-``X`` is CSR with ``data`` and ``indices`` cut into shards of equally many non-zeros; ``X_hvg`` is
-dense with shards of equally many rows. Every shard file is written whole, by one task.
+``X`` is CSR of raw counts with ``data`` and ``indices`` cut into shards of equally many non-zeros;
+``X_hvg`` is dense with shards of equally many rows. Every shard file is written whole, by one task.
 Shape legend: N cells, G genes, H highly variable genes.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.storage import LocalStore
@@ -49,18 +48,27 @@ class StoreLayout:
     """Rows in an inner chunk of ``X_hvg``."""
     shard_rows: int
     """Rows in a shard of ``X_hvg`` and in a task's block, a multiple of ``chunk_rows``."""
+    count_dtype: str
+    """Type of ``X/data``: the smallest unsigned one that holds every count."""
 
     @property
     def index_dtype(self) -> str:
         """Type of ``X/indices`` and ``X/indptr``.
 
-        One for both, and signed: anndata hands them to scipy as they are, which needs that.
+        One for both, and signed: anndata hands them to scipy as they are, whose
+        ``eliminate_zeros`` needs that. Compressed, the upper bytes of gene numbers take no room.
         """
         return "int32" if self.nnz < 1 << 31 else "int64"
 
 
 def plan_layout(
-    *, num_cells: int, num_genes: int, num_hvg: int, nnz: int, rows_per_block: int
+    *,
+    num_cells: int,
+    num_genes: int,
+    num_hvg: int,
+    nnz: int,
+    rows_per_block: int,
+    count_dtype: str,
 ) -> StoreLayout:
     """Choose chunk and shard sizes from the size and density of the data."""
     chunk_rows = min(ROWS_PER_CHUNK, rows_per_block, num_cells)
@@ -78,6 +86,7 @@ def plan_layout(
         shard_nnz=max(1, shard_chunks) * chunk_nnz,
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
+        count_dtype=count_dtype,
     )
 
 
@@ -91,7 +100,7 @@ def create_arrays(root: Path, layout: StoreLayout, indptr: npt.NDArray[np.int64]
     csr = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape}
     _create_group(store, root, "X", csr)
     vector = {"shape": (layout.nnz,), "chunks": (layout.chunk_nnz,), "shards": (layout.shard_nnz,)}
-    _create_array(store, root, "X/data", {**vector, "dtype": "float32"})
+    _create_array(store, root, "X/data", {**vector, "dtype": layout.count_dtype})
     _create_array(store, root, "X/indices", {**vector, "dtype": layout.index_dtype})
     _create_array(
         store,
@@ -133,8 +142,8 @@ def write_nnz_shards(
     root: Path,
     layout: StoreLayout,
     first_shard: int,
-    data: npt.NDArray[np.float32],
-    indices: npt.NDArray[np.integer[Any]],
+    counts: npt.NDArray[np.unsignedinteger[Any]],
+    genes: npt.NDArray[np.unsignedinteger[Any]],
 ) -> list[str]:
     """Write whole shards of ``X/data`` and ``X/indices`` and return their relative paths.
 
@@ -146,28 +155,28 @@ def write_nnz_shards(
         Its layout.
     first_shard
         Number of the first shard.
-    data, indices
-        Values and gene numbers from the start of that shard on; they end at a shard's end or at
+    counts, genes
+        Counts and gene numbers from the start of that shard on; they end at a shard's end or at
         the end of the matrix.
     """
     start = first_shard * layout.shard_nnz
-    num_shards = math.ceil(data.size / layout.shard_nnz)
+    num_shards = math.ceil(counts.size / layout.shard_nnz)
     names: list[str] = []
-    for name, values in (("X/data", data), ("X/indices", indices)):
+    for name, values in (("X/data", counts), ("X/indices", genes)):
         shards = [f"{name}/c/{first_shard + offset}" for offset in range(num_shards)]
-        _write_region(root, name, shards, slice(start, start + data.size), values)
+        _write_region(root, name, shards, slice(start, start + counts.size), values)
         names += shards
     return names
 
 
 def write_hvg_shard(
-    root: Path, layout: StoreLayout, shard: int, values: sp.csr_matrix
+    root: Path, layout: StoreLayout, shard: int, values_NH: npt.NDArray[np.float32]
 ) -> list[str]:
-    """Write one shard of ``X_hvg`` from its [n, H] rows and return its relative path."""
+    """Write one shard of ``X_hvg`` from its rows and return its relative path."""
     start = shard * layout.shard_rows
     names = [f"{HVG_PATH}/c/{shard}/0"]
-    region = slice(start, start + values.shape[0])
-    _write_region(root, HVG_PATH, names, region, values.toarray())
+    region = slice(start, start + values_NH.shape[0])
+    _write_region(root, HVG_PATH, names, region, values_NH)
     return names
 
 

@@ -28,8 +28,9 @@ from data_store.manifest import (
     read_manifest,
     refuse_torn_files,
 )
+from data_store.normalize import look_up_log1p
 from data_store.obs_labels import read_cell_labels
-from data_store.row_blocks import CsrRows, DenseRows, RowBlock
+from data_store.row_blocks import CountRows, DenseRows, RowBlock
 from data_store.schema import InputPath, ObsColumns, OutputSpace
 from data_store.shard_reader import ReadBuffer, ShardedArray
 from data_store.shards import HVG_PATH
@@ -81,6 +82,8 @@ class Store:
     the row in the cell's own file.)"""
     library_size: npt.NDArray[np.float64]
     """[N] total counts before normalisation."""
+    size_factor: npt.NDArray[np.float32]
+    """[N] divisors of the counts before log1p."""
 
     @classmethod
     def open(cls, path: Path) -> Store:
@@ -123,6 +126,7 @@ class Store:
             batch_code=labels.batch.codes,
             source_row=_read_source_rows(obs_group, manifest),
             library_size=read_elem(obs_group["library_size"]),
+            size_factor=read_elem(obs_group["size_factor"]),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,6 +147,11 @@ class Store:
         """The count every cell was scaled to before log1p."""
         return self.manifest.target_sum
 
+    @property
+    def count_dtype(self) -> str:
+        """Type of the counts in ``X``."""
+        return self._arrays["data"].dtype.name
+
     def output_genes(self, space: OutputSpace) -> tuple[str, ...]:
         """Return the names of the genes of an output space, in column order."""
         if space == "all":
@@ -159,12 +168,19 @@ class Store:
         if space == "hvg":
             row_bytes = self.hvg_index.size * np.dtype(np.float32).itemsize
             return np.full(self.num_cells, row_bytes, dtype=np.int64)
-        return np.diff(self.indptr) * CsrRows.bytes_per_nonzero(len(self.genes))
+        value_bytes = CountRows.bytes_per_nonzero(len(self.genes), self.count_dtype)
+        return np.diff(self.indptr) * value_bytes
+
+    def allocate_counts(self, rows: npt.NDArray[np.int64]) -> CountRows:
+        """Return a block for some rows of ``X``, to be filled from what ``read_block`` gives."""
+        row_nnz = np.diff(self.indptr)[rows]
+        factors = self.size_factor[rows]
+        return CountRows.allocate(row_nnz, len(self.genes), self.count_dtype, factors)
 
     def read_block(
         self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
     ) -> RowBlock:
-        """Read rows ``start:stop`` as they are stored: ``X`` sparse, ``X_hvg`` dense.
+        """Read rows ``start:stop`` as they are stored: ``X`` as counts, ``X_hvg`` dense.
 
         With a buffer the block is valid until the buffer's next use.
         """
@@ -173,19 +189,25 @@ class Store:
             return DenseRows(self._arrays["hvg"].read(start, stop, buffer))
         bounds = self.indptr[start : stop + 1]
         first, last = int(bounds[0]), int(bounds[-1])
-        return CsrRows(
+        return CountRows(
             indptr=bounds - first,
             indices=self._arrays["indices"].read(first, last, buffer),
-            data=self._arrays["data"].read(first, last, buffer),
-            num_genes=len(self.genes),
+            counts=self._arrays["data"].read(first, last, buffer),
+            size_factors=self.size_factor[start:stop],
         )
 
-    def read_csr(self, start: int, stop: int) -> sp.csr_matrix:
-        """Read rows ``start:stop`` of ``X`` as [n, G] float32 CSR."""
+    def read_counts(self, start: int, stop: int) -> sp.csr_matrix:
+        """Read the raw counts of rows ``start:stop`` as [n, G] CSR of an unsigned type."""
         block = self.read_block("all", start, stop)
-        assert isinstance(block, CsrRows)
+        assert isinstance(block, CountRows)
         shape = (stop - start, len(self.genes))
-        return sp.csr_matrix((block.data, block.indices, block.indptr), shape=shape)
+        return sp.csr_matrix((block.counts, block.indices, block.indptr), shape=shape)
+
+    def read_csr(self, start: int, stop: int) -> sp.csr_matrix:
+        """Read rows ``start:stop`` as [n, G] float32 CSR, log1p of normalised counts."""
+        counts = self.read_counts(start, stop)
+        values = look_up_log1p(counts.data, counts.indptr, self.size_factor[start:stop])
+        return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
     def read_rows(self, space: OutputSpace, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Read rows ``start:stop`` of an output space as a dense matrix.

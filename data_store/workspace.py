@@ -34,7 +34,7 @@ from data_store.schema import StoreError
 
 LOCK_NAME = "lock"
 KEY_NAME = "key.json"
-ROWS_NAME = "rows"
+DEALS_NAME = "deals"
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Workspace:
 
     def _has_results(self) -> bool:
         files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
-        return any(path.parts[0] not in (LOCK_NAME, KEY_NAME, ROWS_NAME) for path in files)
+        return any(path.parts[0] not in (LOCK_NAME, KEY_NAME, DEALS_NAME) for path in files)
 
     def _begin(self, key: Mapping[str, Any]) -> None:
         key_path = self.folder / KEY_NAME
@@ -137,8 +137,9 @@ class Workspace:
             write_json_atomically(key_path, key)
         self.root.mkdir(exist_ok=True)
         self.records.mkdir(exist_ok=True)
-        for leftover in self.root.rglob("*.partial"):
-            leftover.unlink()
+        for folder in (self.root, self.deals, self.records):
+            for leftover in folder.rglob("*.partial"):
+                leftover.unlink()
 
     @property
     def root(self) -> Path:
@@ -151,9 +152,9 @@ class Workspace:
         return self.folder / "blocks"
 
     @property
-    def rows(self) -> Path:
-        """Folder for what must be stored by row before it can be read."""
-        return self.folder / ROWS_NAME
+    def deals(self) -> Path:
+        """Folder with the cells of the input, sorted."""
+        return self.folder / DEALS_NAME
 
     def cached(
         self, name: str, compute: Callable[[], dict[str, Any]]
@@ -169,7 +170,11 @@ class Workspace:
 
     def num_bytes(self) -> int:
         """Return the size of the store so far."""
-        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        return _num_bytes(self.root)
+
+    def num_dealt_bytes(self) -> int:
+        """Return the size of the deals so far."""
+        return _num_bytes(self.deals)
 
     def list_files(self, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
         """Return a record of every file of the store, hashing those not yet known."""
@@ -189,6 +194,10 @@ class Workspace:
     def discard(self) -> None:
         """Remove the folder and all in it."""
         shutil.rmtree(self.folder)
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def remove_leftovers(out: Path) -> None:

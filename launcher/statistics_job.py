@@ -97,7 +97,9 @@ def write_statistics(
     expression: Expression, files: StatisticsFiles, run_tasks: TaskRunner, *, rows_per_block: int
 ) -> Report:
     """Write the statistics of each gene, the overview and the histogram of gene means."""
-    with stored_by_row(expression, files.folder, run_tasks) as by_row:
+    with stored_by_row(
+        expression, files.folder, run_tasks, rows_per_block=rows_per_block
+    ) as by_row:
         statistics = compute_gene_statistics(by_row, run_tasks, rows_per_block=rows_per_block)
     text = describe(expression, statistics)
     picture = draw_gene_means(statistics.table["mean"].to_numpy(), _MEAN_LABELS[statistics.scale])
@@ -133,7 +135,9 @@ def write_deltas(
     kept_cells
         h5ad to write the cells to that pass the filter; None: do not write them.
     """
-    with stored_by_row(expression, files.folder, run_tasks) as by_row:
+    with stored_by_row(
+        expression, files.folder, run_tasks, rows_per_block=rows_per_block
+    ) as by_row:
         cells = label_expression(by_row, run_tasks, rows_per_block=rows_per_block)
         deltas = compute_deltas(cells, run_tasks, rows_per_block=rows_per_block)
         pictures = _write_delta_tables(deltas, files)

@@ -1,8 +1,8 @@
 """A store in memory, for tests of cell sets and loaders that need no files.
 
 ``MemoryStore.build(num_batches=3)`` has the rows of two contexts, a few perturbations of uneven
-size and controls, in store order. The value at (row, gene) is ``row + gene / 64``: exact in
-float32, so that a test can read from a value which cell it came from.
+size and controls, in store order. No count occurs twice, so that a value tells which cell and gene
+it came from.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from data_store.row_blocks import CsrRows, DenseRows, RowBlock
+from data_store.row_blocks import CountRows, DenseRows, RowBlock
 from data_store.schema import OutputSpace
 from data_store.shard_reader import ReadBuffer
 
@@ -28,7 +28,7 @@ class MemoryStore:
     pert_code: np.ndarray
     context_code: np.ndarray
     batch_code: np.ndarray
-    values: np.ndarray
+    counts: np.ndarray
     path: Path = Path("memory.zarr")
 
     @classmethod
@@ -52,7 +52,7 @@ class MemoryStore:
         context = np.repeat(np.arange(num_contexts), sum(counts))
         batch = np.random.default_rng(seed).integers(num_batches, size=len(pert))
         order = np.lexsort((batch, pert, context))
-        rows = np.arange(len(pert), dtype=np.float32)
+        counts = np.arange(len(pert) * num_genes, dtype=np.uint32)
         return cls(
             perturbations=names,
             contexts=tuple(f"line_{index}" for index in range(num_contexts)),
@@ -60,8 +60,13 @@ class MemoryStore:
             pert_code=pert[order],
             context_code=context[order],
             batch_code=batch[order],
-            values=rows[:, None] + np.arange(num_genes, dtype=np.float32) / 64,
+            counts=counts.reshape(-1, num_genes),
         )
+
+    @property
+    def values(self) -> np.ndarray:
+        """What reading gives: log1p of the counts, all cells having a size factor of 1."""
+        return np.log1p(self.counts.astype(np.float32))
 
     @property
     def num_cells(self) -> int:
@@ -85,7 +90,12 @@ class MemoryStore:
     def row_nbytes(self, space: OutputSpace) -> np.ndarray:
         if space == "hvg":
             return np.full(self.num_cells, self.values[0].nbytes)
-        return np.count_nonzero(self.values, axis=1) * CsrRows.bytes_per_nonzero(8)
+        return np.count_nonzero(self.counts, axis=1) * CountRows.bytes_per_nonzero(8, "uint32")
+
+    def allocate_counts(self, rows: np.ndarray) -> CountRows:
+        nnz = np.count_nonzero(self.counts[rows], axis=1)
+        ones = np.ones(len(rows), dtype=np.float32)
+        return CountRows.allocate(nnz, self.counts.shape[1], "uint32", ones)
 
     def read_block(
         self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
@@ -94,6 +104,6 @@ class MemoryStore:
         assert 0 <= start < stop <= self.num_cells
         if space == "hvg":
             return DenseRows(self.values[start:stop].copy())
-        matrix = sp.csr_matrix(self.values[start:stop])
-        indptr = matrix.indptr.astype(np.int64)
-        return CsrRows(indptr, matrix.indices, matrix.data, self.values.shape[1])
+        matrix = sp.csr_matrix(self.counts[start:stop])
+        ones = np.ones(stop - start, dtype=np.float32)
+        return CountRows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data, ones)

@@ -50,8 +50,12 @@ def test_a_batch_is_what_the_sets_say():
             cell_set = SETS.compose(*ref)
             size = len(cell_set.target_rows)
             assert np.array_equal(batch.mask_BS[place], np.arange(SETS.num_slots) < size)
-            assert np.array_equal(batch.target_BSG[place, :size, 0], cell_set.target_rows)
-            assert np.array_equal(batch.control_BSG[place, :size, 0], cell_set.control_rows)
+            assert np.array_equal(
+                batch.target_BSG[place, :size], STORE.values[cell_set.target_rows]
+            )
+            assert np.array_equal(
+                batch.control_BSG[place, :size], STORE.values[cell_set.control_rows]
+            )
             assert np.array_equal(batch.batch_BS[place, :size], cell_set.batch_S)
             assert batch.pert_B[place] == cell_set.pert
             assert batch.context_B[place] == cell_set.context

@@ -11,6 +11,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import scanpy as sc
 
 from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import ObsColumns, StoreError, run_in_process
@@ -87,15 +88,19 @@ def test_names_and_codes(store):
 
 def test_anndata_reads_what_the_store_reads(store):
     adata = ad.read_zarr(store.path)
-    assert adata.X.dtype == np.float32
+    assert adata.X.dtype == np.uint8
     assert dict(adata.uns["hvg"]) == {"flavor": "seurat"}
-    assert dict(adata.uns["log1p"]) == {"base": None}
+    assert adata.uns["target_sum"] == store.target_sum
+    assert (store.read_counts(0, store.num_cells) != adata.X).nnz == 0
+    assert (adata.X != adata.X.copy()).nnz == 0, "scipy takes the matrix as it was read"
+    adata.X.eliminate_zeros()
+    sc.pp.normalize_total(adata, target_sum=adata.uns["target_sum"])
+    sc.pp.log1p(adata)
     assert np.array_equal(store.read_matrix("all"), adata.X.toarray())
     assert np.array_equal(store.read_matrix("hvg"), adata.obsm["X_hvg"])
     assert np.array_equal(adata.obsm["X_hvg"], adata[:, adata.var["highly_variable"]].X.toarray())
     assert np.array_equal(adata.obs["library_size"], store.library_size)
-    assert (adata.X != adata.X.copy()).nnz == 0, "scipy takes the matrix as it was read"
-    adata.X.eliminate_zeros()
+    assert np.array_equal(adata.obs["size_factor"], store.size_factor)
 
 
 def test_every_file_is_in_the_manifest(store):
@@ -140,7 +145,8 @@ def interrupt(what: str, after: int):
 
 
 @pytest.mark.parametrize(
-    ("what", "after"), [("check counts", 2), ("moments", 1), ("write store", 0), ("write store", 3)]
+    ("what", "after"),
+    [("read cells", 2), ("moments", 1), ("write store", 0), ("write store", 3)],
 )
 def test_an_interrupted_run_continues_to_the_same_bytes(source, store, tmp_path, what, after):
     spec = make_spec(source, tmp_path / "store")

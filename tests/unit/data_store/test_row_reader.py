@@ -129,7 +129,7 @@ def held_by(reader, store):
 def test_memory_decides_what_is_held(space, caplog):
     store = CountingStore(MemoryStore.build(num_genes=1000))
     # As sparse as an atlas: one value in eight.
-    store.store.values[:, np.arange(1000) % 8 > 0] = 0
+    store.store.counts[:, np.arange(1000) % 8 > 0] = 0
     wanted = np.concatenate([store.control_rows[:10], EVERY_ROW])
     dense_gib = store.nbytes(space) / 2**30
     sparse_gib = store.row_nbytes(space).sum() / 2**30
@@ -149,6 +149,6 @@ def test_memory_decides_what_is_held(space, caplog):
 def test_only_wanted_rows_take_memory():
     store = CountingStore()
     wanted = store.control_rows
-    row_gib = STORE.values[0].nbytes / 2**30
+    row_gib = STORE.counts[0].nbytes / 2**30
     reader = open_rows(store, "all", wanted, resident_gib=row_gib * (len(wanted) + 0.5))
     assert np.array_equal(held_by(reader, store), wanted)
