@@ -40,7 +40,7 @@ from data_store.schema import StoreError, TaskRunner
 Array = npt.NDArray[Any]
 
 # Values in a task's memory: about 24 bytes each while they are sorted.
-VALUES_PER_DEAL = 1 << 24
+VALUES_PER_DEAL = 1 << 23
 # A stretch is planned from the mean row; full rows could make it this many times as large.
 MAX_OVERFULL = 4
 _COUNT_DTYPES = ("uint8", "uint16", "uint32")

@@ -355,6 +355,12 @@ def _read_csr_rows(
         span = slice(int(bounds[first]), int(bounds[last + 1]))
         target = slice(indptr[lo], indptr[hi])
         is_whole = span.stop - span.start == target.stop - target.start
+        if is_whole and isinstance(group["data"], h5py.Dataset) and span.stop > span.start:
+            # Without a copy; HDF5 itself would write another type of indices as int32.
+            group["data"].read_direct(data, span, target)
+            group["indices"].read_direct(indices, span, target)
+            check_indices(indices[target], source.num_genes, source, "gene")
+            continue
         wanted = slice(None) if is_whole else _positions(local[lo:hi], bounds)
         data[target] = np.asarray(group["data"][span])[wanted]
         indices[target] = check_indices(

@@ -109,7 +109,7 @@ def _build(
     _check_room(
         workspace,
         BYTES_PER_DEALT_NNZ * estimate_nnz(source, cells.rows) - workspace.num_dealt_bytes(),
-        "the cells, sorted for a while, and the store need",
+        "preprocessing needs",
     )
     dealt = deal_cells(spec, source, cells.rows, workspace, run_tasks)
     content = plan_store(spec, source, cells, dealt, workspace, run_tasks)

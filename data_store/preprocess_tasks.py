@@ -21,7 +21,7 @@ from data_store.count_blocks import CountBlock
 from data_store.deal_file import Deals, SparseRows
 from data_store.files import full_disk_is_a_user_error, write_json_atomically
 from data_store.manifest import FileRecord, hash_file, is_intact
-from data_store.row_blocks import CountRows
+from data_store.normalize import look_up_log1p
 from data_store.shards import HVG_PATH, StoreLayout, write_hvg_shard, write_nnz_shards
 
 Result = TypeVar("Result")
@@ -162,39 +162,29 @@ def _write_shards(block: StoreBlock, job: WriteJob, rows: SparseRows) -> list[st
 def _densify_columns(
     block: StoreBlock, rows: SparseRows, columns: npt.NDArray[np.int64], num_genes: int
 ) -> npt.NDArray[np.float32]:
-    column_of_gene = np.full(num_genes, -1, dtype=np.int32)
+    """Return log1p of the normalised counts of some columns, [``num_cells``, H]."""
+    # Other genes go to a column of their own at the end: quicker than to ask for each.
+    column_of_gene = np.full(num_genes, columns.size, dtype=np.int64)
     column_of_gene[columns] = np.arange(columns.size)
-    picked = _pick_columns(rows.indptr, rows.genes, rows.values, column_of_gene, block.num_cells)
-    values = np.empty((block.num_cells, columns.size), dtype=np.float32)
-    places = np.arange(block.num_cells)
-    CountRows(*picked, block.size_factors).copy_rows(places, values, places)
-    return values
+    values_NH = np.zeros((block.num_cells, columns.size + 1), dtype=np.float32)
+    indptr = rows.indptr[: block.num_cells + 1]
+    counts = rows.values[: indptr[-1]]
+    values = look_up_log1p(counts, indptr, block.size_factors)
+    _scatter_columns(indptr, rows.genes, values, column_of_gene, values_NH)
+    return values_NH[:, :-1]
 
 
 @numba.njit(cache=True, nogil=True)
-def _pick_columns(
+def _scatter_columns(
     indptr: npt.NDArray[np.int64],
     genes: npt.NDArray[Any],
-    values: npt.NDArray[Any],
-    column_of_gene: npt.NDArray[np.int32],
-    num_rows: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[Any]]:
-    """Return the same rows with the values of some columns, in CSR."""
-    found = 0
-    for entry in range(indptr[num_rows]):
-        found += column_of_gene[genes[entry]] >= 0
-    starts = np.zeros(num_rows + 1, dtype=np.int64)
-    columns, picked = np.empty(found, dtype=np.int32), np.empty(found, dtype=values.dtype)
-    target = 0
-    for row in range(num_rows):
+    values: npt.NDArray[np.float32],
+    column_of_gene: npt.NDArray[np.int64],
+    out: npt.NDArray[np.float32],
+) -> None:
+    for row in range(indptr.size - 1):
         for entry in range(indptr[row], indptr[row + 1]):
-            column = column_of_gene[genes[entry]]
-            if column >= 0:
-                columns[target] = column
-                picked[target] = values[entry]
-                target += 1
-        starts[row + 1] = target
-    return starts, columns, picked
+            out[row, column_of_gene[genes[entry]]] = values[entry]
 
 
 def read_block_record(path: Path) -> dict[str, FileRecord]:

@@ -34,7 +34,7 @@ from data_store.schema import (
     PerturbationProfiles,
     StoreError,
 )
-from data_store.store import ROWS_PER_READ, Store
+from data_store.store import ROWS_PER_READ, Store, is_store
 
 
 def read_cell_table(
@@ -76,6 +76,11 @@ def read_cell_table(
 
 
 def _read_elements(path: Path) -> tuple[Any, pd.DataFrame, tuple[str, ...]]:
+    if is_store(path):
+        # Its X holds raw counts.
+        store = Store.open(path)
+        obs = store.read_obs(np.arange(store.num_cells))
+        return store.read_csr(0, store.num_cells), obs, store.genes
     if path.is_dir():
         try:
             group = zarr.open_group(LocalStore(path, read_only=True), mode="r")

@@ -191,7 +191,7 @@ def test_a_layer_stored_by_column_in_several_files_gives_the_same_deltas(tmp_pat
     expression = open_expression(tmp_path / "parts", CellQuery(layer="counts"))
     assert expression.matrix == "layers/counts"
     scratch = tmp_path / "scratch"
-    with stored_by_row(expression, scratch, run_in_process) as by_row:
+    with stored_by_row(expression, scratch, run_in_process, rows_per_block=50) as by_row:
         cells = label_expression(by_row, run_in_process, rows_per_block=50)
         found = compute_deltas(cells, run_in_process, rows_per_block=50)
     assert list(scratch.iterdir()) == []
