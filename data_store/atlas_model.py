@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -231,7 +232,9 @@ def compress_rows(counts_NG: Codes, dtype: npt.DTypeLike) -> sp.csr_matrix:
 
 
 @njit(cache=True, nogil=True)
-def _gather_nonzero(counts_NG, data, indices):  # type: ignore[no-untyped-def]
+def _gather_nonzero(
+    counts_NG: Codes, data: npt.NDArray[Any], indices: npt.NDArray[np.int32]
+) -> None:
     position = 0
     for row in range(counts_NG.shape[0]):
         for column in range(counts_NG.shape[1]):
@@ -242,7 +245,9 @@ def _gather_nonzero(counts_NG, data, indices):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _drop_out(counts_NG, rate_NG, chance_NG, mid):  # type: ignore[no-untyped-def]
+def _drop_out(
+    counts_NG: Codes, rate_NG: Floats, chance_NG: npt.NDArray[np.float32], mid: float
+) -> None:
     """Lose a count with the chance 1 / (1 + (rate / mid)^2)."""
     for row in range(counts_NG.shape[0]):
         for column in range(counts_NG.shape[1]):

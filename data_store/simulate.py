@@ -60,8 +60,9 @@ def simulate_atlas(
     spec
         What to simulate.
     out
-        h5ad to write: ``X`` raw counts (CSR, of ``spec.count_type``); ``obs`` columns ``target_gene`` (control
-        ``non-targeting``), ``batch``, ``cell_type``; the spec in ``uns["simulation"]``.
+        h5ad to write: ``X`` raw counts (CSR, of ``spec.count_type``); ``obs`` columns
+        ``target_gene`` (control ``non-targeting``), ``batch``, ``cell_type``; the spec in
+        ``uns["simulation"]``.
     features_out
         Perturbation features to write, as ``torch.save`` of ``dict[str, Tensor]`` (float32, D).
     run_tasks
