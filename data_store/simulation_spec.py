@@ -166,6 +166,10 @@ def read_gene_names(path: Path) -> tuple[str, ...]:
             f"{path} (simulate.gene_names) has no name in line {empty[0] if empty else 1}: "
             "it must hold one gene name a line"
         )
+    if CONTROL_LABEL in names:
+        raise StoreError(
+            f"{path} (simulate.gene_names) holds {CONTROL_LABEL!r}, which labels the control: rename it"
+        )
     if twice:
         raise StoreError(f"{path} (simulate.gene_names) holds {some(twice)} more than once")
     return tuple(names)

@@ -53,6 +53,15 @@ def build_simulation(config: SimulateConfig) -> SimulationSpec:
     )
 
 
+def describe_simulation(config: SimulateConfig) -> str:
+    """Say in a line what would be simulated."""
+    preset = f", preset {config.preset}" if config.preset is not None else ""
+    return (
+        f"{config.num_cells:,} cells x {config.num_genes:,} genes, "
+        f"{config.num_perturbations:,} perturbations{preset}"
+    )
+
+
 def build_spec(data: DataConfig, out: Path) -> PreprocessSpec:
     """Say what to make a store from, in the data store's own words."""
     return PreprocessSpec(
