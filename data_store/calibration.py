@@ -75,7 +75,7 @@ VCC = Calibration(
     batch_shift_sd=0.1,
     dropout_mid=0.03,
     programme_scale=0.5,
-    cell_count_shape=1.9,
+    cell_count_shape=1.6,
 )
 
 CALIBRATIONS: Mapping[CalibrationName, Calibration] = MappingProxyType({"plain": PLAIN, "vcc": VCC})

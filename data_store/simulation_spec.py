@@ -168,7 +168,8 @@ def read_gene_names(path: Path) -> tuple[str, ...]:
         )
     if CONTROL_LABEL in names:
         raise StoreError(
-            f"{path} (simulate.gene_names) holds {CONTROL_LABEL!r}, which labels the control: rename it"
+            f"{path} (simulate.gene_names) holds {CONTROL_LABEL!r}, which labels the control: "
+            "rename that gene"
         )
     if twice:
         raise StoreError(f"{path} (simulate.gene_names) holds {some(twice)} more than once")
