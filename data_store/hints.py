@@ -1,4 +1,4 @@
-"""Helpers of error messages: the nearest known name, readable lists, and what is a list of names."""
+"""Helpers of error messages: the nearest known name, lists of readable length, list or not."""
 
 from __future__ import annotations
 

@@ -217,20 +217,23 @@ def read_cell_counts(path: Path, num_cells: int) -> CellCounts:
 
 
 def _scale(counts: list[int], total: int, where: str) -> list[int]:
-    """Scale counts to a total by largest remainders, keeping the least a label needs."""
+    """Scale counts to a total by largest remainders, with the least that a label needs."""
     if total == sum(counts) and min(counts) >= MIN_CELLS_PER_PERT:
         return counts
-    spare = total - MIN_CELLS_PER_PERT * len(counts)
-    if spare < 0:
+    needed = MIN_CELLS_PER_PERT * len(counts)
+    if total < needed:
         raise StoreError(
             f"simulate.num_cells = {total} is too few for the {len(counts)} labels of {where}, "
-            f"which need {MIN_CELLS_PER_PERT} each: {MIN_CELLS_PER_PERT * len(counts)}"
+            f"which need {MIN_CELLS_PER_PERT} each: {needed}"
         )
-    ideal = np.array(counts) / sum(counts) * spare
-    scaled = np.floor(ideal).astype(np.int64)
-    largest_first = np.argsort(scaled - ideal, kind="stable")
-    scaled[largest_first[: spare - int(scaled.sum())]] += 1
-    return [int(count) for count in scaled + MIN_CELLS_PER_PERT]
+    ideal = np.array(counts) / sum(counts) * total
+    scaled = np.maximum(np.floor(ideal).astype(np.int64), MIN_CELLS_PER_PERT)
+    while scaled.sum() < total:
+        scaled[np.argmax(ideal - scaled)] += 1
+    while scaled.sum() > total:
+        # What the small ones got more than their share comes from the largest.
+        scaled[np.argmax(scaled)] -= 1
+    return [int(count) for count in scaled]
 
 
 def _read_rows(path: Path) -> list[list[str]]:
