@@ -83,6 +83,9 @@ class SimulateConfig(Section):
         if not isinstance(values, Mapping):
             return values
         preset = values.get("preset")
-        # Anything but a known name is for the field's own check to refuse.
-        filling = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-        return {**filling, **values}
+        # What is no text is for the field's own check to refuse.
+        if not isinstance(preset, str):
+            return values
+        if preset not in PRESETS:
+            raise ValueError(f"preset = {preset!r} must be one of: {', '.join(PRESETS)}")
+        return {**PRESETS[preset], **values}

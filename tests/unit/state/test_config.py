@@ -105,7 +105,7 @@ SIMULATE = "simulate={num_cells=9, num_genes=9, num_perturbations=2}"
     ("overrides", "parts"),
     [
         ([SIMULATE, "data.input=https://x.org/a.h5ad"], ["simulate", "https://x.org/a.h5ad"]),
-        (["simulate.preset=vccc"], ["simulate.preset = 'vccc'", "'vcc'"]),
+        (["simulate.preset=vccc"], ["simulate: preset = 'vccc' must be one of: vcc"]),
         (["simulate.preset=true"], ["simulate.preset", "must not be true or false"]),
         (["simulate.preset=vcc", "simulate.depth=0"], ["simulate.depth = 0", "greater than 0"]),
         (["simulate.num_cells=9"], ["key 'simulate.num_genes' is required"]),
