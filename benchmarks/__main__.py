@@ -5,22 +5,27 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
-from benchmarks import differential, loader, mmd, preprocess
+from benchmarks import differential, loader, mmd, preprocess, scaling_store
 from benchmarks.errors import BenchmarkError
-from benchmarks.harness import REPO_ROOT, Comparison
-from benchmarks.record import write_results
-from benchmarks.settings import Settings
+from benchmarks.harness import REPO_ROOT
+from benchmarks.record import Finding, write_results
+from benchmarks.settings import Settings, Workers
 
-BENCHMARKS: dict[str, Callable[[Settings], list[Comparison]]] = {
+BENCHMARKS: Mapping[str, Callable[[Settings], Sequence[Finding]]] = {
     "preprocess": preprocess.run,
     "loader": loader.run,
     "mmd": mmd.run,
     "differential": differential.run,
+    "atlas": scaling_store.run,
 }
+# Takes tens of minutes and gigabytes of disk: only where it is named.
+ASKED_FOR = ("atlas",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,20 +33,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parse(given)
     settings = Settings(
-        cells=options.cells, genes=options.genes, rounds=options.rounds, peers=options.peers
+        cells=options.cells,
+        genes=options.genes,
+        rounds=options.rounds,
+        atlas_cells=tuple(sorted(set(options.atlas_cells))),
+        depth=options.depth,
+        folder=str(options.folder),
+        workers=options.workers,
+        peers=options.peers,
     )
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
-    for name in options.names or BENCHMARKS:
+    for name in options.names or [name for name in BENCHMARKS if name not in ASKED_FOR]:
         try:
-            comparisons = BENCHMARKS[name](settings)
+            findings = BENCHMARKS[name](settings)
         except BenchmarkError as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1
             continue
         path = options.results / f"{name}.json"
-        write_results(path, comparisons, command, asdict(settings))
-        print("\n\n".join(comparison.table() for comparison in comparisons))
+        write_results(path, findings, command, asdict(settings))
+        print("\n\n".join(finding.table() for finding in findings))
         print(f"  written to {path}\n", flush=True)
     return status
 
@@ -54,11 +66,34 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; none: all of them"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(BENCHMARKS)}; none: all but {', '.join(ASKED_FOR)}",
     )
     parser.add_argument("--cells", type=_positive, default=10_000, help="cells to preprocess")
     parser.add_argument("--genes", type=_positive, default=4_000, help="genes to preprocess")
     parser.add_argument("--rounds", type=_positive, default=3, help="measured rounds a comparison")
+    atlas = parser.add_argument_group("atlas")
+    atlas.add_argument(
+        "--atlas-cells",
+        type=_positive,
+        nargs="+",
+        default=[25_000, 50_000, 100_000, 200_000],
+        help="sizes, each simulated, preprocessed, verified and read",
+    )
+    atlas.add_argument(
+        "--depth", type=float, default=0.1, help="depth of the atlases; 1: the challenge's"
+    )
+    atlas.add_argument(
+        "--workers", choices=get_args(Workers), default="one", help="one process, or Ray tasks"
+    )
+    atlas.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "statewide-atlas",
+        help="where its files go; an atlas that is there (N_DEPTH.h5ad) is not simulated again",
+    )
     parser.add_argument(
         "--without-peers",
         dest="peers",

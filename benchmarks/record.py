@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.harness import REPO_ROOT, Comparison
+from benchmarks.harness import REPO_ROOT
 from data_store.files import write_json_atomically
 
 PACKAGES = (
@@ -20,10 +20,22 @@ PACKAGES = (
 )
 
 
+class Finding(Protocol):
+    """What a benchmark returns: something to print, and something to keep."""
+
+    def table(self) -> str:
+        """Format it for a terminal."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything as JSON."""
+        ...
+
+
 def write_results(
-    path: Path, comparisons: Sequence[Comparison], command: str, settings: dict[str, Any]
+    path: Path, findings: Sequence[Finding], command: str, settings: dict[str, Any]
 ) -> None:
-    """Write the comparisons of one benchmark with where they come from, atomically.
+    """Write the findings of one benchmark with where they come from, atomically.
 
     Raises
     ------
@@ -37,7 +49,7 @@ def write_results(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": describe_hardware(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "comparisons": [comparison.describe() for comparison in comparisons],
+        "comparisons": [finding.describe() for finding in findings],
     }
     write_json_atomically(path, content)
 

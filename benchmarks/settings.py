@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from benchmarks.harness import Side
+
+Workers: TypeAlias = Literal["one", "ray"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,14 @@ class Settings:
     """Measured rounds of every comparison."""
     peers: bool
     """Whether sides that need an environment of their own are measured."""
+    atlas_cells: tuple[int, ...]
+    """Sizes of the atlases of ``atlas``."""
+    depth: float
+    """Sequencing depth of its atlases; 1 is the challenge's."""
+    folder: str
+    """Where ``atlas`` keeps its files while it runs."""
+    workers: Workers
+    """Whether ``atlas`` runs its tasks in one process or as Ray tasks."""
 
     def measurable(self, *sides: Side) -> list[Side]:
         """Return the sides that may be measured."""

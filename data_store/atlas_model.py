@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
+from numba import njit
+from scipy.stats import gamma
 
+from data_store.calibration import Calibration
 from data_store.schema import StoreError
+from data_store.simulation_spec import CONTROL_LABEL, MIN_CELLS_PER_PERT, SimulationSpec
 
 Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int64]
-
-# Published figures of the Virtual Cell Challenge's training set: the mean over its 18,080 genes
-# of a gene's mean count is 3.147, the largest 32, which an almost exponential law gives.
-MEAN_COUNT_PER_GENE = 3.147
-GENE_MEAN_SHAPE = 1.2
-SMALLEST_GENE_SHARE = 0.002
-LIBRARY_LOG_SD = 0.35
-DISPERSION_MEDIAN = 0.2
 
 NUM_EFFECT_PROGRAMMES = 8
 PROGRAMME_GENE_SHARE = 0.06
@@ -38,11 +35,8 @@ EFFICACY_RANGE = (0.7, 1.3)
 FEATURE_NOISE_SD = 0.1
 
 NUM_STATE_PROGRAMMES = 4
-STATE_SD = 0.12
-BATCH_SHIFT_SD = 0.12
 CONTEXT_SHIFT_SD = 0.5
 CELL_COUNT_LOG_SD = 0.3
-MIN_CELLS_PER_PERT = 3
 CONTROL = -1
 
 
@@ -54,73 +48,21 @@ class _Purpose(IntEnum):
     SHIFTS = 5
     CELLS = 6
     COUNTS = 7
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulationSpec:
-    """What to simulate. The same spec gives the same atlas, byte for byte.
-
-    Raises
-    ------
-    StoreError
-        When there are more perturbations than genes, or too few cells.
-    """
-
-    num_cells: int
-    """N, controls included."""
-    num_genes: int
-    """G."""
-    num_perturbations: int
-    """P; every perturbation is named after the gene it knocks down."""
-    num_batches: int = 2
-    """Experimental batches, each with its own shift of expression."""
-    num_contexts: int = 1
-    """Cell lines, each with its own baseline; effects are the same in all."""
-    control_fraction: float = 0.2
-    """Share of the cells that are controls."""
-    feature_dim: int = 32
-    """D, width of the perturbation features; a quarter of the columns says nothing."""
-    effect_size: float = 1.0
-    """Scale of all log fold changes, knock-downs included."""
-    seed: int = 0
-    """Seed of everything."""
-
-    def __post_init__(self) -> None:
-        if self.num_perturbations > self.num_genes:
-            raise StoreError(
-                f"simulate.num_perturbations = {self.num_perturbations} is more than "
-                f"simulate.num_genes = {self.num_genes}: every perturbation knocks down a gene of "
-                f"its own. Set num_perturbations to at most {self.num_genes}, or add genes"
-            )
-        strata = self.num_batches * self.num_contexts
-        if self.num_controls < strata:
-            raise StoreError(
-                f"simulate.num_cells = {self.num_cells} with control_fraction = "
-                f"{self.control_fraction:g} gives {self.num_controls} control cells, fewer than "
-                f"the {strata} pairs of a batch and a context, which need one each. Raise "
-                "num_cells or control_fraction"
-            )
-        needed = MIN_CELLS_PER_PERT * self.num_perturbations
-        if self.num_cells - self.num_controls < needed:
-            raise StoreError(
-                f"simulate.num_cells = {self.num_cells} leaves "
-                f"{self.num_cells - self.num_controls} cells for {self.num_perturbations} "
-                f"perturbations, which need {MIN_CELLS_PER_PERT} each: {needed}. Raise num_cells, "
-                "or lower num_perturbations or control_fraction"
-            )
-
-    @property
-    def num_controls(self) -> int:
-        """Control cells."""
-        return round(self.num_cells * self.control_fraction)
+    NAMED_TARGETS = 8
+    DROPOUT = 9
 
 
 @dataclass(frozen=True)
 class AtlasModel:
     """Everything that is drawn once for the whole atlas."""
 
+    numbers: Calibration
+    """The numbers it was drawn with."""
+    count_type: str
+    """Type of the counts."""
     log_mean_G: Floats
-    """Natural log of a gene's mean count in a control cell of median library size."""
+    """Natural log of a gene's mean count in a control cell of median library size; -inf for a
+    silent gene."""
     dispersion_G: Floats
     """Negative binomial dispersion: variance = mean + dispersion * mean^2."""
     log_fold_change_PG: Floats
@@ -166,29 +108,38 @@ class CellBlock:
 
 def build_model(spec: SimulationSpec) -> AtlasModel:
     """Draw genes, targets, features and effects."""
-    rng = _generator(spec, _Purpose.GENES)
-    share_G = np.maximum(rng.gamma(GENE_MEAN_SHAPE, size=spec.num_genes), SMALLEST_GENE_SHARE)
-    mean_G = MEAN_COUNT_PER_GENE * share_G / share_G.mean()
-    dispersion_G = DISPERSION_MEDIAN * rng.lognormal(0.0, 0.4, spec.num_genes)
+    numbers = spec.numbers
+    mean_G, dispersion_G = _draw_genes(spec)
 
     # What is hardly expressed is seldom chosen as a target, and its knock-down shows nowhere.
     num_candidates = max(spec.num_perturbations, spec.num_genes // 2)
     candidates = np.argsort(-mean_G, kind="stable")[:num_candidates]
     rng = _generator(spec, _Purpose.TARGETS)
     target_P = np.sort(rng.choice(candidates, spec.num_perturbations, replace=False))
+    if spec.cell_counts is not None:
+        drawn_P, target_P = target_P, _named_targets(spec)
+        order_G = _swap_into(drawn_P, target_P, spec)
+        mean_G, dispersion_G = mean_G[order_G], dispersion_G[order_G]
+    log_mean_G = np.log(spec.depth * mean_G)
+    num_silent = round(spec.num_genes * numbers.silent_gene_share)
+    is_target_G = np.isin(np.arange(spec.num_genes), target_P)
+    log_mean_G[np.lexsort((mean_G, is_target_G))[:num_silent]] = -np.inf
 
     activity_PK, log_fold_change_PG = _draw_effects(spec, target_P)
     rng = _generator(spec, _Purpose.SHIFTS)
     state_shape = (NUM_STATE_PROGRAMMES, spec.num_genes)
+    batch_shape = (spec.num_batches, spec.num_genes)
     context_sd = CONTEXT_SHIFT_SD if spec.num_contexts > 1 else 0.0
     return AtlasModel(
-        log_mean_G=np.log(mean_G),
+        numbers=numbers,
+        count_type=spec.count_type,
+        log_mean_G=log_mean_G,
         dispersion_G=dispersion_G,
         log_fold_change_PG=log_fold_change_PG,
         features_PD=_draw_features(spec, activity_PK),
         target_P=target_P,
-        state_loading_LG=rng.normal(0.0, STATE_SD, state_shape),
-        batch_shift_BG=rng.normal(0.0, BATCH_SHIFT_SD, (spec.num_batches, spec.num_genes)),
+        state_loading_LG=rng.normal(0.0, numbers.state_sd, state_shape),
+        batch_shift_BG=rng.normal(0.0, numbers.batch_shift_sd, batch_shape),
         context_shift_CG=rng.normal(0.0, context_sd, (spec.num_contexts, spec.num_genes)),
     )
 
@@ -200,11 +151,7 @@ def plan_cells(spec: SimulationSpec) -> CellPlan:
     one label take the (batch, context) pairs in turn, so that controls are in all of them.
     """
     rng = _generator(spec, _Purpose.CELLS)
-    weight_P = rng.lognormal(0.0, CELL_COUNT_LOG_SD, spec.num_perturbations)
-    floor = MIN_CELLS_PER_PERT * spec.num_perturbations
-    spare = spec.num_cells - spec.num_controls - floor
-    cells_P = MIN_CELLS_PER_PERT + rng.multinomial(spare, weight_P / weight_P.sum())
-    counts = [spec.num_controls, *cells_P.tolist()]
+    counts = [spec.num_controls, *_count_cells(spec, rng)]
     pert_N = np.repeat(np.arange(CONTROL, spec.num_perturbations), counts)
     turn_N = np.concatenate([np.arange(count) for count in counts])
     order = rng.permutation(spec.num_cells)
@@ -229,14 +176,19 @@ def cut_blocks(plan: CellPlan, rows_per_block: int) -> list[CellBlock]:
 def draw_counts(block: CellBlock, *, model: AtlasModel, seed: int) -> sp.csr_matrix:
     """Draw the counts of a block.
 
-    Negative binomial as a gamma-Poisson mixture. A tenth of the perturbed cells escape their
-    perturbation; the others feel it more or less.
+    Negative binomial as a gamma-Poisson mixture, then dropout where the calibration has it. A
+    tenth of the perturbed cells escape their perturbation; the others feel it more or less.
 
     Returns
     -------
-    [n, G] float32 CSR of whole numbers.
+    [n, G] CSR of whole numbers, indices sorted.
+
+    Raises
+    ------
+    StoreError
+        If a count is too large for its type.
     """
-    plan, num_cells = block.plan, block.num_cells
+    plan, num_cells, numbers = block.plan, block.num_cells, model.numbers
     rng = np.random.default_rng([seed, int(_Purpose.COUNTS), block.index])
     efficacy_N = rng.uniform(*EFFICACY_RANGE, num_cells)
     efficacy_N[rng.random(num_cells) < ESCAPED_SHARE] = 0.0
@@ -246,12 +198,111 @@ def draw_counts(block: CellBlock, *, model: AtlasModel, seed: int) -> sp.csr_mat
     rate_NG += model.log_mean_G
     rate_NG += model.batch_shift_BG[plan.batch_N]
     rate_NG += model.context_shift_CG[plan.context_N]
-    rate_NG += rng.normal(0.0, LIBRARY_LOG_SD, num_cells)[:, None]
+    rate_NG += rng.normal(0.0, numbers.library_log_sd, num_cells)[:, None]
     # Controls index the last perturbation; their efficacy of 0 takes it away again.
     rate_NG += efficacy_N[:, None] * model.log_fold_change_PG[plan.pert_N]
     np.exp(rate_NG, out=rate_NG)
-    rate_NG *= rng.standard_gamma(1.0 / model.dispersion_G, rate_NG.shape) * model.dispersion_G
-    return sp.csr_matrix(rng.poisson(rate_NG).astype(np.float32))
+    noise_NG = rng.standard_gamma(1.0 / model.dispersion_G, rate_NG.shape)
+    # In this order, on which the last bit depends.
+    noise_NG *= model.dispersion_G
+    rate_NG *= noise_NG
+    del noise_NG
+    counts_NG = rng.poisson(rate_NG)
+    if numbers.dropout_mid > 0:
+        rng = np.random.default_rng([seed, int(_Purpose.DROPOUT), block.index])
+        chance_NG = rng.random(rate_NG.shape, dtype=np.float32)
+        _drop_out(counts_NG, rate_NG, chance_NG, numbers.dropout_mid)
+    largest, dtype = int(counts_NG.max(initial=0)), np.dtype(model.count_type)
+    if dtype.kind == "u" and largest > np.iinfo(dtype).max:
+        raise StoreError(
+            f"simulate.count_type = {model.count_type!r} cannot hold a count of {largest}: lower "
+            "simulate.depth or effect_size, or set count_type to 'float32'"
+        )
+    return compress_rows(counts_NG, dtype)
+
+
+def compress_rows(counts_NG: Codes, dtype: npt.DTypeLike) -> sp.csr_matrix:
+    """Turn dense counts into CSR of a type: as scipy does, in a sixth of its time."""
+    indptr: Codes = np.zeros(len(counts_NG) + 1, dtype=np.int64)
+    np.cumsum(np.count_nonzero(counts_NG, axis=1), out=indptr[1:])
+    data, indices = np.empty(indptr[-1], dtype=dtype), np.empty(indptr[-1], dtype=np.int32)
+    _gather_nonzero(counts_NG, data, indices)
+    index_type = np.int32 if indptr[-1] <= np.iinfo(np.int32).max else np.int64
+    return sp.csr_matrix((data, indices, indptr.astype(index_type)), shape=counts_NG.shape)
+
+
+@njit(cache=True, nogil=True)
+def _gather_nonzero(
+    counts_NG: Codes, data: npt.NDArray[Any], indices: npt.NDArray[np.int32]
+) -> None:
+    position = 0
+    for row in range(counts_NG.shape[0]):
+        for column in range(counts_NG.shape[1]):
+            if counts_NG[row, column] > 0:
+                data[position] = counts_NG[row, column]
+                indices[position] = column
+                position += 1
+
+
+@njit(cache=True, nogil=True)
+def _drop_out(
+    counts_NG: Codes, rate_NG: Floats, chance_NG: npt.NDArray[np.float32], mid: float
+) -> None:
+    """Lose a count with the chance 1 / (1 + (rate / mid)^2)."""
+    for row in range(counts_NG.shape[0]):
+        for column in range(counts_NG.shape[1]):
+            if counts_NG[row, column] > 0:
+                relative = rate_NG[row, column] / mid
+                if chance_NG[row, column] * (1.0 + relative * relative) < 1.0:
+                    counts_NG[row, column] = 0
+
+
+def _draw_genes(spec: SimulationSpec) -> tuple[Floats, Floats]:
+    """Draw mean count [G], at full depth, and dispersion [G] of each gene."""
+    numbers = spec.numbers
+    rng = _generator(spec, _Purpose.GENES)
+    share_G = rng.gamma(numbers.gene_mean_shape, size=spec.num_genes) ** numbers.gene_mean_power
+    share_G = np.maximum(share_G, numbers.smallest_gene_share)
+    mean_G = numbers.mean_count * share_G / share_G.mean()
+    rise_G = np.minimum(numbers.dispersion_per_mean / mean_G, numbers.largest_rise)
+    dispersion_G = (numbers.dispersion + rise_G) * rng.lognormal(0.0, 0.4, spec.num_genes)
+    return mean_G, dispersion_G
+
+
+def _named_targets(spec: SimulationSpec) -> Codes:
+    column = {name: index for index, name in enumerate(spec.genes)}
+    named = [column[label] for label, _ in spec.cell_counts or () if label != CONTROL_LABEL]
+    return np.sort(np.array(named, dtype=np.int64))
+
+
+def _swap_into(drawn_P: Codes, target_P: Codes, spec: SimulationSpec) -> Codes:
+    """Return an order [G] of the genes that puts the drawn, expressed ones where targets are."""
+    every_gene = np.arange(spec.num_genes)
+    order_G = np.empty(spec.num_genes, dtype=np.int64)
+    order_G[target_P] = _generator(spec, _Purpose.NAMED_TARGETS).permutation(drawn_P)
+    order_G[np.setdiff1d(every_gene, target_P)] = np.setdiff1d(every_gene, drawn_P)
+    return order_G
+
+
+def _count_cells(spec: SimulationSpec, rng: np.random.Generator) -> list[int]:
+    """Decide how many cells each perturbation has: as given, or by the calibration's law."""
+    num_perturbations = spec.num_perturbations
+    if spec.cell_counts is not None:
+        given = dict(spec.cell_counts)
+        return [given[spec.genes[target]] for target in _named_targets(spec)]
+    shape = spec.numbers.cell_count_shape
+    spare = spec.num_cells - spec.num_controls - MIN_CELLS_PER_PERT * num_perturbations
+    if shape is None:
+        weight_P = rng.lognormal(0.0, CELL_COUNT_LOG_SD, num_perturbations)
+        cells_P = MIN_CELLS_PER_PERT + rng.multinomial(spare, weight_P / weight_P.sum())
+    else:
+        # Quantiles, not draws: any seed has the same spread.
+        quantile_P = (np.arange(num_perturbations) + 0.5) / num_perturbations
+        weight_P = rng.permutation(gamma.ppf(quantile_P, shape))
+        ends_P = np.rint(np.cumsum(weight_P) / weight_P.sum() * spare).astype(np.int64)
+        cells_P = MIN_CELLS_PER_PERT + np.diff(ends_P, prepend=0)
+    counts: list[int] = cells_P.tolist()
+    return counts
 
 
 def _draw_effects(spec: SimulationSpec, target_P: Codes) -> tuple[Floats, Floats]:
@@ -274,6 +325,7 @@ def _draw_effects(spec: SimulationSpec, target_P: Codes) -> tuple[Floats, Floats
 
     saturated_PK = SATURATION * np.tanh(activity_PK / SATURATION)
     log_fold_change_PG = np.log(2.0) * saturated_PK @ log2_fold_KG
+    log_fold_change_PG *= spec.numbers.programme_scale
     log_fold_change_PG[np.arange(spec.num_perturbations), target_P] = np.log(TARGET_FOLD)
     return activity_PK, spec.effect_size * log_fold_change_PG
 

@@ -6,11 +6,14 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
+
+Compression: TypeAlias = Literal["gzip", "lzf", "none"]
 
 _CHUNK_ELEMENTS = 1 << 18
 # Room for one block without compression, for indptr, and for metadata.
@@ -20,7 +23,7 @@ _SPARE_BYTES = 16 << 20
 
 
 class CsrWriter:
-    """Appends float32 rows to the ``X`` of an open h5ad; ``finish`` makes it a matrix.
+    """Appends rows to the ``X`` of an open h5ad; ``finish`` makes it a matrix.
 
     Parameters
     ----------
@@ -30,31 +33,39 @@ class CsrWriter:
         Most rows that will be appended.
     num_columns
         Genes.
+    dtype
+        Type of the values.
+    compression
+        Filter of values and indices: gzip (level 1), lzf, or none.
     """
 
-    def __init__(self, file: h5py.File, num_rows: int, num_columns: int) -> None:
+    def __init__(
+        self,
+        file: h5py.File,
+        num_rows: int,
+        num_columns: int,
+        dtype: npt.DTypeLike = np.float32,
+        compression: Compression = "gzip",
+    ) -> None:
         self._file = file
         self._folder = Path(file.filename).parent
         self._group = file.create_group("X")
         self._num_rows = num_rows
         self._num_columns = num_columns
         self._row_nnz = [np.zeros(0, dtype=np.int64)]
-        # scipy wants indices and indptr of one type, and the number of elements comes last.
-        fits_int32 = num_rows * num_columns <= np.iinfo(np.int32).max
-        self._index_dtype = np.int32 if fits_int32 else np.int64
         # Kept open: h5py ignores what goes wrong while a dataset that nobody holds is closed.
         self._datasets = {
             name: self._group.create_dataset(
                 name,
                 shape=(0,),
                 maxshape=(None,),
-                dtype=dtype,
+                dtype=of_type,
                 chunks=(_CHUNK_ELEMENTS,),
-                compression="gzip",
-                compression_opts=1,
-                shuffle=True,
+                compression=None if compression == "none" else compression,
+                compression_opts=1 if compression == "gzip" else None,
+                shuffle=compression != "none",
             )
-            for name, dtype in (("data", np.float32), ("indices", self._index_dtype))
+            for name, of_type in (("data", dtype), ("indices", np.int32))
         }
 
     def append(self, rows: sp.csr_matrix) -> None:
@@ -79,7 +90,10 @@ class CsrWriter:
         indptr: npt.NDArray[np.int64] = np.concatenate(
             [[0], np.cumsum(np.concatenate(self._row_nnz))]
         )
-        self._group.create_dataset("indptr", data=indptr.astype(self._index_dtype))
+        # scanpy's compiled code wants indices and indptr of one type: int32 as long as it can be.
+        fits_int32 = indptr[-1] <= np.iinfo(np.int32).max
+        index_type = np.int32 if fits_int32 else np.int64
+        self._group.create_dataset("indptr", data=indptr.astype(index_type))
         attributes = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0"}
         self._group.attrs.update(attributes)
         self._group.attrs["shape"] = np.array([len(indptr) - 1, self._num_columns])

@@ -5,13 +5,15 @@ Lowest level, beside ``schema``: any package may import it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from data_store.schema import StoreError
 _HASH_BLOCK_BYTES = 1 << 20
 
 
-@contextmanager
+@contextlib.contextmanager
 def file_made_whole(final: Path) -> Iterator[Path]:
     """Give a temporary path beside ``final``, flushed and renamed when the block ends well.
 
@@ -40,6 +42,18 @@ def file_made_whole(final: Path) -> Iterator[Path]:
             _sync_entry(final.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(final: Path) -> None:
+    """Remove what killed processes left of an HDF5 file that ``file_made_whole`` was to make.
+
+    HDF5 holds a lock on a file while it writes it, and the lock dies with the process. Where the
+    file system has no locks, nothing is removed.
+    """
+    for partial in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
+        with contextlib.suppress(OSError), partial.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
@@ -92,7 +106,7 @@ def _sync_entry(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
+@contextlib.contextmanager
 def folder_made_whole(final: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which replaces ``final`` when the block ends well.
 
@@ -111,7 +125,7 @@ def folder_made_whole(final: Path) -> Iterator[Path]:
     replace_folder(partial, final)
 
 
-@contextmanager
+@contextlib.contextmanager
 def full_disk_is_a_user_error(path: Path) -> Iterator[None]:
     """Turn "no space left" and "quota exceeded" into one message that names the path."""
     try:

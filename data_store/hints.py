@@ -1,9 +1,10 @@
-"""Words for error messages: the nearest known name, and lists cut to a readable length."""
+"""Helpers of error messages: the nearest known name, lists of readable length, list or not."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -18,3 +19,8 @@ def some(names: Iterable[str], limit: int = 8) -> str:
     rest = len(listed) - limit
     text = ", ".join(listed[:limit]) or "(none)"
     return f"{text} and {rest} more" if rest > 0 else text
+
+
+def is_list_of_names(value: Any) -> bool:
+    """Tell whether a value from a file is a list of texts."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import pickle
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,23 +27,22 @@ from data_store.atlas_model import (
     CONTROL,
     AtlasModel,
     CellPlan,
-    SimulationSpec,
     build_model,
     cut_blocks,
     draw_counts,
     plan_cells,
 )
-from data_store.csr_writer import CsrWriter
-from data_store.files import file_made_whole, write_bytes_atomically
+from data_store.csr_writer import Compression, CsrWriter
+from data_store.files import file_made_whole, remove_abandoned, write_bytes_atomically
 from data_store.schema import ObsColumns, StoreError, TaskRunner, run_in_process
+from data_store.simulation_spec import SimulationSpec
 
-__all__ = ["SimulationSpec", "gene_names", "simulate_atlas", "truth_path"]
+__all__ = ["SimulationSpec", "simulate_atlas", "truth_path"]
 
 logger = logging.getLogger(__name__)
 
 # Part of what a seed means, so not a setting.
 _ROWS_PER_BLOCK = 512
-_MODEL_VERSION = 1
 _COLUMNS = ObsColumns(cell_type_key="cell_type", batch_col="batch")
 
 
@@ -53,6 +51,7 @@ def simulate_atlas(
     out: Path,
     features_out: Path | None = None,
     run_tasks: TaskRunner = run_in_process,
+    compression: Compression = "gzip",
 ) -> None:
     """Write the atlas of a spec; do nothing for files that hold it already.
 
@@ -61,12 +60,15 @@ def simulate_atlas(
     spec
         What to simulate.
     out
-        h5ad to write: ``X`` raw counts (CSR, float32); ``obs`` columns ``target_gene`` (control
-        ``non-targeting``), ``batch``, ``cell_type``; the spec in ``uns["simulation"]``.
+        h5ad to write: ``X`` raw counts (CSR, of ``spec.count_type``); ``obs`` columns
+        ``target_gene`` (control ``non-targeting``), ``batch``, ``cell_type``; the spec in
+        ``uns["simulation"]``.
     features_out
         Perturbation features to write, as ``torch.save`` of ``dict[str, Tensor]`` (float32, D).
     run_tasks
         Draws the blocks of counts; the result is the same with any runner.
+    compression
+        Filter of ``X``. A finished file is kept whatever its filter.
 
     Raises
     ------
@@ -84,9 +86,12 @@ def simulate_atlas(
         logger.info("%s holds this simulation already", out)
         return
     plan = plan_cells(spec)
+    remove_abandoned(out)
     with file_made_whole(out) as temporary, h5py.File(temporary, "w") as file:
         _write_annotations(file, spec, model, plan)
-        matrix = CsrWriter(file, spec.num_cells, spec.num_genes)
+        matrix = CsrWriter(
+            file, spec.num_cells, spec.num_genes, np.dtype(spec.count_type), compression
+        )
         blocks = cut_blocks(plan, _ROWS_PER_BLOCK)
         draw = partial(draw_counts, model=model, seed=spec.seed)
         for counts in run_tasks(draw, blocks, what="simulate", unit="cells"):
@@ -103,16 +108,11 @@ def truth_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}_truth.npz")
 
 
-def gene_names(num_genes: int) -> list[str]:
-    """Name the genes of an atlas: G00000, G00001, ..."""
-    return [f"G{gene:05d}" for gene in range(num_genes)]
-
-
 def _write_annotations(
     file: h5py.File, spec: SimulationSpec, model: AtlasModel, plan: CellPlan
 ) -> None:
     file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-    genes = gene_names(spec.num_genes)
+    genes = spec.genes
     # Code 0 is the control; categories need not be sorted.
     pert_names = [_COLUMNS.control_pert, *(genes[target] for target in model.target_P)]
     columns = {
@@ -122,18 +122,14 @@ def _write_annotations(
     }
     index = [f"cell_{cell}" for cell in range(spec.num_cells)]
     write_elem(file, "obs", pd.DataFrame(columns, index=index))
-    write_elem(file, "var", pd.DataFrame(index=genes))
-    write_elem(file, "uns", {"simulation": _describe(spec)})
+    write_elem(file, "var", pd.DataFrame(index=list(genes)))
+    write_elem(file, "uns", {"simulation": json.dumps(spec.describe(), sort_keys=True)})
     for name in ("layers", "obsm", "obsp", "varm", "varp"):
         write_elem(file, name, {})
 
 
 def _number(codes: npt.NDArray[np.int64], name: str, count: int) -> pd.Categorical:
     return pd.Categorical.from_codes(codes, [f"{name}_{index}" for index in range(count)])
-
-
-def _describe(spec: SimulationSpec) -> str:
-    return json.dumps({"model_version": _MODEL_VERSION, **asdict(spec)}, sort_keys=True)
 
 
 def _holds_atlas(out: Path, spec: SimulationSpec) -> bool:
@@ -146,7 +142,7 @@ def _holds_atlas(out: Path, spec: SimulationSpec) -> bool:
             f"{out} exists and was not simulated: it is left as it is. Give another path as "
             "data.input (or --out), or remove the [simulate] section to use the file"
         )
-    wanted = json.loads(_describe(spec))
+    wanted = spec.describe()
     if known != wanted:
         keys = [key for key in sorted(known | wanted) if known.get(key) != wanted.get(key)]
         changes = ", ".join(
@@ -169,7 +165,7 @@ def _read_description(path: Path) -> dict[str, Any] | None:
 
 
 def _write_features(path: Path, spec: SimulationSpec, model: AtlasModel) -> None:
-    genes = gene_names(spec.num_genes)
+    genes = spec.genes
     # A row of a larger tensor would be saved with the whole of it.
     features = {
         genes[target]: torch.from_numpy(row.copy())
@@ -197,7 +193,7 @@ def _holds_features(path: Path, features: dict[str, torch.Tensor]) -> bool:
 
 
 def _write_truth(path: Path, spec: SimulationSpec, model: AtlasModel) -> None:
-    genes = np.array(gene_names(spec.num_genes))
+    genes = np.array(spec.genes)
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,

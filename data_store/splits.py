@@ -18,7 +18,7 @@ import numpy as np
 import tomli_w
 
 from data_store.files import write_text_atomically
-from data_store.hints import nearest, some
+from data_store.hints import is_list_of_names, nearest, some
 from data_store.partition import (
     LabelledCells,
     Rows,
@@ -331,7 +331,13 @@ def _parse_context(
     for split in table:
         _check_known(split, SPLIT_NAMES, path, "split")
     for split in SPLIT_NAMES:
-        for pert in table.get(split, []):
+        named = table.get(split, [])
+        if not is_list_of_names(named):
+            raise StoreError(
+                f"{path} (split.file) has {split} = {named!r} for {context!r}; it must be a list "
+                'of perturbations, such as ["G1", "G2"]'
+            )
+        for pert in named:
             _check_known(pert, known, path, f"perturbation of {context!r}")
             if pert in perts:
                 raise StoreError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_store.hints import nearest, some
+from data_store.hints import is_list_of_names, nearest, some
 from data_store.partition import LabelledCells, perturbations_by_context
 from data_store.schema import SPLIT_NAMES, SplitName, StoreError
 
@@ -126,7 +126,13 @@ def _assign_fewshot(starter: _Starter) -> dict[str, dict[str, SplitName]]:
             )
         perts: dict[str, SplitName] = dict.fromkeys(starter.present[context], "train")
         for split in HELD_OUT:
-            for pert in entries.get(split, []):
+            named = entries.get(split, [])
+            if not is_list_of_names(named):
+                raise StoreError(
+                    f"{starter.path}: [{table}] has {split} = {named!r}; it must be a list of "
+                    'perturbations, such as ["G1", "G2"]'
+                )
+            for pert in named:
                 _check_perturbation(starter, table, context, pert)
                 if perts[pert] != "train":
                     raise StoreError(

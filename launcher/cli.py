@@ -23,6 +23,7 @@ from data_store.schema import SPLIT_NAMES, GeneChoice, HvgFlavor, UserError
 from launcher import cli_statistics, cli_store
 from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
 from launcher.cli_options import AddressOpt, LocalOpt, open_cluster
+from launcher.cli_simulate import simulate
 from launcher.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -262,37 +263,8 @@ def predict(
     typer.echo(str(out))
 
 
-for command in (evaluate, score, prep):
+for command in (evaluate, score, prep, simulate):
     app.command()(command)
-
-
-@app.command()
-def simulate(
-    out: Annotated[Path, typer.Option(help="h5ad to write.")],
-    cells: Annotated[int, typer.Option(min=1, help="Cells, controls included.")] = 5000,
-    genes: Annotated[int, typer.Option(min=1, help="Genes.")] = 1000,
-    perturbations: Annotated[int, typer.Option(min=1, help="Perturbed genes.")] = 50,
-    batches: Annotated[int, typer.Option(min=1, help="Experimental batches.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 0,
-) -> None:
-    """Write an atlas with known effects, its perturbation features and its truth.
-
-    Example: statewide simulate --out atlas.h5ad --cells 20000 --perturbations 100
-    """
-    from data_store.schema import run_in_process
-    from launcher.preprocess_job import simulate as write_atlas
-    from state.config import SimulateConfig
-
-    config = SimulateConfig(
-        num_cells=cells,
-        num_genes=genes,
-        num_perturbations=perturbations,
-        num_batches=batches,
-        seed=seed,
-    )
-    features = out.with_name(f"{out.stem}_pert_features.pt")
-    write_atlas(config, out.absolute(), features.absolute(), run_in_process)
-    typer.echo(f"{out}\n{features}")
 
 
 @app.command()

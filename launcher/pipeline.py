@@ -20,7 +20,13 @@ from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
 from launcher.evaluate_job import evaluate_run
 from launcher.predict_job import STATE, TRUTH, predict_run
-from launcher.preprocess_job import preprocess_run, refuse_other_spec, simulate, split_store
+from launcher.preprocess_job import (
+    describe_simulation,
+    preprocess_run,
+    refuse_other_spec,
+    simulate,
+    split_store,
+)
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.run_folder import RunFolder
@@ -362,6 +368,7 @@ def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
     lines = [
         f"recipe {recipe} is valid",
         f"stages: {' -> '.join(stages)}",
+        *(() if config.simulate is None else [f"simulates {describe_simulation(config.simulate)}"]),
         f"run folder: {config.output_dir}",
         f"resources: {cluster.num_workers} workers with {cluster.cpus_per_worker} CPU{gpu} each",
         f"global batch: {sets_per_step} sets of up to {config.model.cell_set_len} cells",

@@ -9,7 +9,8 @@ from pathlib import Path
 from data_store.files import write_json_atomically
 from data_store.preprocess import PreprocessSpec, preprocess, read_perturbations
 from data_store.schema import TaskRunner
-from data_store.simulate import SimulationSpec, simulate_atlas
+from data_store.simulate import simulate_atlas
+from data_store.simulation_spec import SimulationSpec, read_cell_counts, read_gene_names
 from data_store.split_designs import make_context_splits, make_fold_splits
 from data_store.split_table import SplitCounts, count_splits, write_split_table
 from data_store.splits import (
@@ -22,7 +23,8 @@ from data_store.splits import (
 from data_store.store import Store
 from launcher.errors import LaunchError
 from launcher.run_folder import RunFolder
-from state.config import DataConfig, RunConfig, SimulateConfig, SplitConfig
+from state.config import DataConfig, RunConfig, SplitConfig
+from state.config_simulate import SimulateConfig
 from state.transition.features import load_perturbation_features
 
 
@@ -30,7 +32,34 @@ def simulate(
     config: SimulateConfig, out: Path, features_out: Path | None, run_tasks: TaskRunner
 ) -> None:
     """Write a simulated atlas and the features of its perturbations."""
-    simulate_atlas(SimulationSpec(**config.model_dump()), out, features_out, run_tasks)
+    spec = build_simulation(config)
+    simulate_atlas(spec, out, features_out, run_tasks, config.compression)
+
+
+def build_simulation(config: SimulateConfig) -> SimulationSpec:
+    """Say what to simulate in the data store's own words; read the files that the recipe names.
+
+    Raises
+    ------
+    StoreError
+        When a file cannot be used, or does not agree with the sizes.
+    """
+    names, counts = config.gene_names, config.cells_per_perturbation
+    files = {"gene_names", "cells_per_perturbation"}
+    return SimulationSpec(
+        **config.model_dump(exclude={"preset", "compression", *files}),
+        gene_names=None if names is None else read_gene_names(names),
+        cell_counts=None if counts is None else read_cell_counts(counts, config.num_cells),
+    )
+
+
+def describe_simulation(config: SimulateConfig) -> str:
+    """Say in a line what would be simulated."""
+    preset = f", preset {config.preset}" if config.preset is not None else ""
+    return (
+        f"{config.num_cells:,} cells x {config.num_genes:,} genes, "
+        f"{config.num_perturbations:,} perturbations{preset}"
+    )
 
 
 def build_spec(data: DataConfig, out: Path) -> PreprocessSpec:

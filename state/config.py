@@ -6,45 +6,30 @@ Every key does something: ``tests/unit/state/test_config.py`` proves that none i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
 from data_store.schema import GeneChoice, HvgFlavor, ObsColumns, OutputSpace, UserError
+from state.config_section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+)
+from state.config_simulate import SimulateConfig
 
 
 class ConfigError(UserError):
     """A recipe or an override that cannot be used."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would bend into a value: true as 1, an empty text as a path."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation is not bool:
-            raise ValueError("must not be true or false")
-        if value == "":
-            raise ValueError("must not be empty")
-        return value
-
-
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BaselineName = Literal[
     "cell_mean", "no_change", "pert_mean", "nearest", "ridge", "low_rank", "random_forest"
 ]
@@ -52,28 +37,7 @@ NonEmptyStr = Annotated[str, Field(min_length=1)]
 RemoteUrl = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://")]
 
 
-class SimulateConfig(_Section):
-    """An atlas with known effects, written to ``data.input`` before the run if it is not there."""
-
-    num_cells: PositiveInt
-    """Cells in all, controls included."""
-    num_genes: PositiveInt
-    """Genes; every perturbation targets one of them."""
-    num_perturbations: PositiveInt
-    """Perturbed genes, the control not counted."""
-    num_batches: PositiveInt = 2
-    """Experimental batches, each with its own shift of expression."""
-    control_fraction: Fraction = 0.2
-    """Share of the cells that are controls."""
-    feature_dim: PositiveInt = 32
-    """Width of the perturbation features that the effects depend on."""
-    effect_size: NonNegativeFloat = 1.0
-    """Scale of the log fold changes; 0 gives perturbations without effect."""
-    seed: Seed = 0
-    """Seed of the simulation, apart from the run's own."""
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is read, and how it becomes a store."""
 
     input: Annotated[RemoteUrl | Path, Field(union_mode="left_to_right")]
@@ -132,7 +96,7 @@ class DataConfig(_Section):
         )
 
 
-class SplitConfig(_Section):
+class SplitConfig(Section):
     """Which perturbations are for training, validation and test."""
 
     file: Path | None = None
@@ -182,7 +146,7 @@ class SplitConfig(_Section):
         return self
 
 
-class FeatureConfig(_Section):
+class FeatureConfig(Section):
     """What the model knows of a perturbation before it has seen a cell with it."""
 
     path: Path | None = None
@@ -196,7 +160,7 @@ class FeatureConfig(_Section):
     split."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """ST, the State Transition model. Defaults are those of ``st_base``."""
 
     cell_set_len: PositiveInt = 512
@@ -233,7 +197,7 @@ class ModelConfig(_Section):
         return self
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """The energy-distance MMD between predicted and true cell sets."""
 
     scale: PositiveFloat = 1.0
@@ -242,7 +206,7 @@ class LossConfig(_Section):
     """Implementation of the MMD; auto takes the fastest for the device."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Optimisation. Defaults are the source's recipe."""
 
     max_steps: PositiveInt = 40_000
@@ -277,7 +241,7 @@ class TrainConfig(_Section):
     """Steps between ``last`` checkpoints."""
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """How many processes train, and what each of them gets."""
 
     num_workers: PositiveInt = 1
@@ -292,7 +256,7 @@ class ClusterConfig(_Section):
     """Seconds after which a collective operation that hangs is an error."""
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """Which baselines stand beside the model, and how it predicts."""
 
     baselines: tuple[BaselineName, ...] = get_args(BaselineName)
@@ -323,7 +287,7 @@ class EvaluateConfig(_Section):
         return self
 
 
-class StatisticsConfig(_Section):
+class StatisticsConfig(Section):
     """Tables and pictures of the data, made after preprocessing."""
 
     enabled: bool = True
@@ -338,7 +302,7 @@ class StatisticsConfig(_Section):
     """Fewest cells that must pass."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything one run needs, from the h5ad to the leaderboard."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]

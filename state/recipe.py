@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from data_store.schema import InputPath
 from state.config import ConfigError, RunConfig
+from state.config_simulate import SimulateConfig
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -196,6 +197,7 @@ def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     return config.model_copy(
         update={
             "output_dir": _absolute(config.output_dir),
+            "simulate": None if config.simulate is None else _absolute_files(config.simulate),
             "data": data.model_copy(update={"input": _absolute_or_url(data.input)}),
             "split": split.model_copy(update={"file": _absolute_or_none(split.file)}),
             "features": features.model_copy(update={"path": _absolute_or_none(features.path)}),
@@ -203,6 +205,13 @@ def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
                 update={"deepspeed": recipe_dir / config.train.deepspeed}
             ),
         }
+    )
+
+
+def _absolute_files(simulate: SimulateConfig) -> SimulateConfig:
+    files = ("gene_names", "cells_per_perturbation")
+    return simulate.model_copy(
+        update={name: _absolute_or_none(getattr(simulate, name)) for name in files}
     )
 
 

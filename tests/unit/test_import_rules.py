@@ -33,6 +33,7 @@ ONLY_IN = {
         "launcher.cli",
         "launcher.cli_evaluate",
         "launcher.cli_options",
+        "launcher.cli_simulate",
         "launcher.cli_statistics",
         "launcher.cli_store",
     ),

@@ -71,6 +71,30 @@ def test_resuming_at_any_position_loses_and_repeats_nothing(
     assert [ref for part in resumed for ref in part.sets] == whole[last.position :]
 
 
+@settings(deadline=None)
+@given(
+    sets=SETS,
+    parts=st.lists(st.tuples(SIZES, WORLDS, st.integers(0, 5)), min_size=1, max_size=6),
+)
+def test_any_chain_of_stops_and_resumes_is_one_stream(sets, parts):
+    position, refs = 0, []
+    for size, world, steps in parts:
+        ranks = [
+            list(islice(SetSampler(sets, 4, size, rank, world, position), steps))
+            for rank in range(world)
+        ]
+        assert {len(rank) for rank in ranks} == {steps}
+        assert {len(part.sets) for rank in ranks for part in rank} <= {size}
+        for step in zip(*ranks, strict=True):
+            # What a checkpoint keeps is the same on every rank.
+            (position,) = {part.position for part in step}
+            refs += [ref for part in step for ref in part.sets]
+    assert len(refs) == position
+    assert refs == stream(position, sets_per_epoch=sets, seed=4)
+    for epoch in range(position // sets):
+        assert len(set(refs[epoch * sets : (epoch + 1) * sets])) == sets
+
+
 def test_order_depends_on_the_seed_and_nothing_else():
     orders = [stream(20, sets_per_epoch=20, seed=seed) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]

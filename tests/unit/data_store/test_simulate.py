@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -304,3 +307,40 @@ def test_the_least_cells_are_enough(tmp_path):
     spec = SimulationSpec(num_cells=8, num_genes=2, num_perturbations=2, feature_dim=1)
     simulate_atlas(spec, tmp_path / "atlas.h5ad", tmp_path / "features.pt")
     assert ad.read_h5ad(tmp_path / "atlas.h5ad").n_obs == 8
+
+
+def test_a_killed_simulation_leaves_no_atlas_and_the_next_one_clears_up(tmp_path):
+    path = tmp_path / "atlas.h5ad"
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from data_store.simulate import SimulationSpec, simulate_atlas\n"
+        "def die_late(task, items, *, what, unit):\n"
+        "    yield task(items[0])\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"simulate_atlas({SMALL!r}, Path(sys.argv[1]), run_tasks=die_late)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".*.partial")
+    assert not path.exists()
+    others = tmp_path / ".atlas.h5ad.1.partial"
+    with h5py.File(others, "w"):
+        # Someone writes it: HDF5 holds its lock.
+        simulate_atlas(SMALL, path)
+        assert others.exists()
+    assert not left.exists()
+    assert ad.read_h5ad(path).n_obs == 400
+
+
+@pytest.mark.parametrize("compression", ["gzip", "lzf", "none"])
+def test_any_compression_holds_the_same_counts(small, tmp_path, compression):
+    spec = replace(SMALL, count_type="uint16")
+    simulate_atlas(spec, tmp_path / "atlas.h5ad", compression=compression)
+    ours, theirs = (ad.read_h5ad(f / "atlas.h5ad").X for f in (small, tmp_path))
+    assert theirs.dtype == np.uint16
+    assert (ours != theirs).nnz == 0
+    with h5py.File(tmp_path / "atlas.h5ad") as file:
+        assert file["X/data"].compression == (None if compression == "none" else compression)
+    backed = ad.read_h5ad(tmp_path / "atlas.h5ad", backed="r")
+    assert np.array_equal(backed.X[5:7].toarray(), ours[5:7].toarray())
+    backed.file.close()

@@ -107,6 +107,10 @@ SIMULATE = "simulate={num_cells=9, num_genes=9, num_perturbations=2}"
         ([SIMULATE, "data.input=https://x.org/a.h5ad"], ["simulate", "https://x.org/a.h5ad"]),
         (["data.hvg_flavor=vst"], ["data.hvg_flavor = 'vst'", "seurat_v3"]),
         (["data.hvg_batch_key="], ["data.hvg_batch_key", "empty"]),
+        (["simulate.preset=vccc"], ["simulate: preset = 'vccc' must be one of: vcc"]),
+        (["simulate.preset=true"], ["simulate.preset", "must not be true or false"]),
+        (["simulate.preset=vcc", "simulate.depth=0"], ["simulate.depth = 0", "greater than 0"]),
+        (["simulate.num_cells=9"], ["key 'simulate.num_genes' is required"]),
         (["data.genes=all"], ["data.genes = 'all'", "intersection"]),
         (["train.lrr=1"], ["unknown key 'train.lrr'", "Did you mean 'train.lr'"]),
         (["mode.hidden_dim=3"], ["unknown key 'mode'", "Did you mean 'model'"]),
@@ -137,6 +141,24 @@ def test_a_wrong_value_gives_one_clear_message(recipe: Path, overrides: list[str
         load_config(recipe, overrides)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_preset_fills_in_what_is_not_given(recipe: Path, tmp_path: Path):
+    overrides = ["simulate.preset=vcc", "simulate.num_cells=5000", "simulate.gene_names=g.csv"]
+    config = load_config(recipe, overrides)
+    simulate = config.simulate
+    assert simulate is not None
+    assert (simulate.num_cells, simulate.num_genes, simulate.num_batches) == (5000, 18_080, 48)
+    assert (simulate.calibration, simulate.count_type) == ("vcc", "uint16")
+    assert simulate.gene_names == Path.cwd() / "g.csv"
+    whole = load_config(recipe, ["simulate.preset=vcc"]).simulate
+    assert whole is not None
+    assert round(whole.num_cells * whole.control_fraction) == 38_176
+    # Resolved, so that a later preset of this name changes no finished run.
+    text = dump_config(config)
+    assert "num_genes = 18080" in text
+    (tmp_path / "config.toml").write_text(text)
+    assert load_resolved_config(tmp_path / "config.toml") == config
 
 
 def test_a_missing_recipe_names_the_nearest_file(recipe: Path):
