@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from state.mmd.blocked import energy_mmd2_blocked
-from state.mmd.reference import energy_mmd2_reference
+from state.mmd.blocked import mmd2_blocked
+from state.mmd.reference import mmd2_reference
 
 MmdImpl: TypeAlias = Literal["auto", "reference", "blocked"]
 
@@ -61,11 +61,11 @@ def mmd_loss(
         impl = "reference" if is_float64 else "blocked"
     if impl == "reference":
         dtype = torch.float64 if is_float64 else torch.float32
-        loss_B = energy_mmd2_reference(x_BSG.to(dtype), y_BTG.to(dtype), x_mask_BS, y_mask_BT)
+        loss_B = mmd2_reference(x_BSG.to(dtype), y_BTG.to(dtype), x_mask_BS, y_mask_BT)
     elif impl == "blocked":
         if is_float64:
             raise ValueError("impl 'blocked' computes in float32: use 'reference' for float64")
-        loss_B = energy_mmd2_blocked(x_BSG, y_BTG, x_mask_BS, y_mask_BT)
+        loss_B = mmd2_blocked(x_BSG, y_BTG, x_mask_BS, y_mask_BT)
     else:
         raise ValueError(f"impl = {impl!r} is not one of 'auto', 'reference', 'blocked'")
     return scale * loss_B

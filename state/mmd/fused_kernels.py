@@ -80,13 +80,16 @@ def _kernel_value(squared, gamma, KERNEL: tl.constexpr):
         value = tl.exp(-gamma * squared)
         slope = -2.0 * gamma * value
     else:
-        value = tl.zeros_like(squared)
-        slope = tl.zeros_like(squared)
-        for power in tl.static_range(-2, 3):
-            width = gamma * (2.0**power)
-            part = 0.2 * tl.exp(-width * squared)
+        # Five Gaussians a factor of 2 apart: each is the square of the one before.
+        part = tl.exp(-0.25 * gamma * squared)
+        value = part
+        slope = 0.25 * part
+        for power in tl.static_range(-1, 3):
+            part *= part
             value += part
-            slope += -2.0 * width * part
+            slope += part * (2.0**power)
+        value *= 0.2
+        slope *= -0.4 * gamma
     return value, slope
 
 

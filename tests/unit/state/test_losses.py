@@ -7,7 +7,7 @@ import torch
 from data_store.schema import CellBatch
 from state.config import LossConfig, ModelConfig
 from state.losses import SetObjective
-from state.mmd.reference import energy_mmd2_reference
+from state.mmd.reference import mmd2_reference
 from state.transition.model import build_transition_model
 from state.transition.predict import predict_cells
 
@@ -51,7 +51,7 @@ def test_loss_is_the_mean_mmd_of_the_real_cells(impl):
         batch["control_BSG"], batch["mask_BS"], batch["pert_B"], batch["batch_BS"]
     )
     for b, mask in enumerate(batch["mask_BS"]):
-        expected = 0.5 * energy_mmd2_reference(
+        expected = 0.5 * mmd2_reference(
             predicted[b : b + 1, mask], batch["target_BSG"][b : b + 1, mask]
         )
         torch.testing.assert_close(result.mmd_B[b : b + 1], expected.detach())

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from state.mmd import blocked
-from state.mmd.blocked import energy_mmd2_blocked
+from state.mmd.blocked import mmd2_blocked
 from state.mmd.dispatch import mmd_loss
-from state.mmd.reference import energy_mmd2_reference
+from state.mmd.reference import mmd2_reference
 
 B, S, T, G = 2, 41, 37, 271
 
@@ -108,8 +108,8 @@ def test_blocked_is_at_least_as_exact_as_a_plain_gram(case):
     for seed in range(num_seeds):
         x, y = CASES[case](seed)
         grad = torch.tensor([0.7, -3.0])[: len(x)]
-        truth = loss_and_gradients(energy_mmd2_reference, x.double(), y.double(), grad)
-        for name, function in (("ours", energy_mmd2_blocked), ("plain", plain_gram)):
+        truth = loss_and_gradients(mmd2_reference, x.double(), y.double(), grad)
+        for name, function in (("ours", mmd2_blocked), ("plain", plain_gram)):
             errors = relative_errors(loss_and_gradients(function, x, y, grad), truth)
             squared_errors[name] += torch.tensor(errors).square() / num_seeds
     ours, plain = squared_errors["ours"].sqrt(), squared_errors["plain"].sqrt()
@@ -121,8 +121,8 @@ def test_blocked_is_at_least_as_exact_as_a_plain_gram(case):
 def test_blocked_is_exact_to_rounding_wherever_the_sets_lie(case):
     x, y = CASES[case]()
     grad = torch.ones(len(x))
-    truth = loss_and_gradients(energy_mmd2_reference, x.double(), y.double(), grad)
-    ours = relative_errors(loss_and_gradients(energy_mmd2_blocked, x, y, grad), truth)
+    truth = loss_and_gradients(mmd2_reference, x.double(), y.double(), grad)
+    ours = relative_errors(loss_and_gradients(mmd2_blocked, x, y, grad), truth)
     assert max(ours) < 2e-6, ours
 
 
@@ -143,7 +143,7 @@ def test_masked_slots_contribute_nothing_whatever_they_hold(impl):
     assert not grad_y[~y_mask].any()
     for b in range(B):
         real_x, real_y = x[b, x_mask[b]][None].double(), y[b, y_mask[b]][None].double()
-        truth = loss_and_gradients(energy_mmd2_reference, real_x, real_y, grad[b : b + 1])
+        truth = loss_and_gradients(mmd2_reference, real_x, real_y, grad[b : b + 1])
         ours = (loss[b : b + 1], grad_x[b, x_mask[b]][None], grad_y[b, y_mask[b]][None])
         assert max(relative_errors(ours, truth)) < 5e-6
 
@@ -185,21 +185,21 @@ def test_reference_agrees_with_a_sum_over_pairs():
         return float(np.mean([np.linalg.norm(a - b) for a in u[0].numpy() for b in v[0].numpy()]))
 
     expected = 2 * mean_norm(x, y) - mean_norm(x, x) - mean_norm(y, y)
-    assert energy_mmd2_reference(x, y).item() == pytest.approx(expected, rel=1e-12)
+    assert mmd2_reference(x, y).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_reference_passes_gradcheck_in_float64():
     x = normal(2, 4, 3).double().requires_grad_()
     y = normal(2, 3, 3, seed=1).double().requires_grad_()
     mask = torch.tensor([[True, True, False, True], [True, True, True, True]])
-    assert torch.autograd.gradcheck(lambda x, y: energy_mmd2_reference(x, y, mask), (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: mmd2_reference(x, y, mask), (x, y))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_cells_are_computed_in_float32(dtype):
     x, y = (cells.to(dtype) for cells in shifted())
     grad = torch.tensor([0.7, -3.0])
-    truth = loss_and_gradients(energy_mmd2_reference, x.double(), y.double(), grad)
+    truth = loss_and_gradients(mmd2_reference, x.double(), y.double(), grad)
     loss, grad_x, grad_y = loss_and_gradients(mmd_loss, x, y, grad)
     assert (loss.dtype, grad_x.dtype, grad_y.dtype) == (torch.float32, dtype, dtype)
     errors = relative_errors((loss, grad_x, grad_y), truth)
@@ -217,9 +217,9 @@ def test_half_precision_prediction_against_float32_truth():
 def test_autocast_leaves_the_loss_in_float32():
     x, y = shifted()
     grad = torch.ones(B)
-    expected = loss_and_gradients(energy_mmd2_blocked, x, y, grad)
+    expected = loss_and_gradients(mmd2_blocked, x, y, grad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = loss_and_gradients(energy_mmd2_blocked, x, y, grad)
+        result = loss_and_gradients(mmd2_blocked, x, y, grad)
     for ours, theirs in zip(result, expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -274,7 +274,7 @@ def test_scale_and_auto():
     torch.testing.assert_close(mmd_loss(x, y, scale=0.5), 0.5 * mmd_loss(x, y))
     assert mmd_loss(x, y).dtype == torch.float32
     exact = mmd_loss(x.double(), y)
-    assert torch.equal(exact, energy_mmd2_reference(x.double(), y.double()))
+    assert torch.equal(exact, mmd2_reference(x.double(), y.double()))
 
 
 @settings(max_examples=30, deadline=None)
