@@ -23,7 +23,7 @@ MIX_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 def compute_gamma(
     y_BTG: Tensor, y_mask_BT: Tensor | None, bandwidth: float | None
 ) -> Tensor:
-    """Return ``1 / (2 sigma^2)`` of each set, [B] float32, without gradient.
+    """Return ``1 / (2 sigma^2)`` of each set, [B] float32 or float64, without gradient.
 
     Parameters
     ----------
@@ -31,22 +31,21 @@ def compute_gamma(
         True cells and their mask.
     bandwidth
         sigma, in the units of the cells; None: sigma^2 is the mean squared distance between two
-        true cells of the set (Gretton et al. 2012, section 8, with the mean for the median), and
-        1 where they all coincide.
+        true cells of the set, a cell and itself included (Gretton et al. 2012, section 8, take
+        the median), and 1 where they all coincide.
     """
     with torch.no_grad():
+        cells_BTG = y_BTG.detach().to(torch.promote_types(y_BTG.dtype, torch.float32))
         if bandwidth is not None:
-            return y_BTG.new_full(y_BTG.shape[:1], 0.5 / bandwidth**2, dtype=torch.float32)
+            return cells_BTG.new_full(y_BTG.shape[:1], 0.5 / bandwidth**2)
         if y_mask_BT is None:
-            spread_BG = y_BTG.float().var(1, correction=0)
+            squared_B = 2 * cells_BTG.var(1, correction=0).sum(1)
         else:
             mask_BT1 = y_mask_BT[..., None]
             count_B1 = y_mask_BT.sum(1, keepdim=True)
-            cells_BTG = y_BTG.float().where(mask_BT1, 0.0)
-            mean_B1G = cells_BTG.sum(1, keepdim=True) / count_B1[..., None]
-            spread_BG = (cells_BTG - mean_B1G).where(mask_BT1, 0.0).square().sum(1) / count_B1
-        # Two cells drawn with replacement lie twice the variance apart.
-        squared_B = 2 * spread_BG.sum(1)
+            mean_B1G = cells_BTG.where(mask_BT1, 0.0).sum(1, keepdim=True) / count_B1[..., None]
+            centred_BTG = (cells_BTG - mean_B1G).where(mask_BT1, 0.0)
+            squared_B = 2 * centred_BTG.square().sum((1, 2)) / count_B1[:, 0]
         return 0.5 / squared_B.where(squared_B > 0, 1.0)
 
 

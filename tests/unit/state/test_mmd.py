@@ -12,6 +12,7 @@ from torch import Tensor
 from state.mmd import blocked
 from state.mmd.blocked import mmd2_blocked
 from state.mmd.dispatch import mmd_loss
+from state.mmd.kernel_functions import KERNELS, compute_gamma
 from state.mmd.reference import mmd2_reference
 
 B, S, T, G = 2, 41, 37, 271
@@ -224,14 +225,19 @@ def test_autocast_leaves_the_loss_in_float32():
         assert torch.equal(ours, theirs)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_opcheck(kernel):
     x, y = normal(2, 6, 5).requires_grad_(), normal(2, 4, 5, seed=1).requires_grad_()
+    gamma = torch.tensor([0.1, 0.2])
     mask = torch.tensor([[True] * 6, [True, False] * 3])
-    torch.library.opcheck(blocked._energy_mmd2, (x, y, None, None))
-    torch.library.opcheck(blocked._energy_mmd2, (x, y, mask, mask[:, :4]))
-    _, a = blocked._energy_mmd2(x.detach(), y.detach(), mask, None)
+    torch.library.opcheck(blocked._mmd2, (x, y, gamma, None, None, kernel, True))
+    torch.library.opcheck(blocked._mmd2, (x, y, gamma, mask, mask[:, :4], kernel, True))
     torch.library.opcheck(
-        blocked._energy_mmd2_grad,
+        blocked._mmd2, (x.detach(), y.detach(), gamma, None, None, kernel, False)
+    )
+    _, a = blocked._mmd2(x.detach(), y.detach(), gamma, mask, None, kernel, True)
+    torch.library.opcheck(
+        blocked._mmd2_grad,
         (torch.ones(2), a, x.detach(), y.detach(), mask, None),
     )
 
@@ -249,6 +255,63 @@ def test_compiles_as_one_graph():
     result = loss_and_gradients(compiled, x, y, torch.tensor(1.0), mask)
     for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "gaussian_mix"])
+@pytest.mark.parametrize("case", ["typical", "duplicates", "shifted", "several_tiles"])
+def test_gaussian_kernels_of_blocked_against_their_definition(case, kernel):
+    x, y = CASES[case]()
+    grad, gamma = torch.tensor([0.7, -3.0])[: len(x)], compute_gamma(y, None, None)
+
+    def definition(x: Tensor, y: Tensor) -> Tensor:
+        return mmd2_reference(x, y, kernel=kernel, gamma_B=gamma)
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return mmd2_blocked(x, y, kernel=kernel, gamma_B=gamma)
+
+    truth = loss_and_gradients(definition, x.double(), y.double(), grad)
+    assert max(relative_errors(loss_and_gradients(ours, x, y, grad), truth)) < 5e-6
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "gaussian_mix"])
+def test_the_definition_of_the_gaussian_kernels(kernel):
+    x, y = normal(1, 4, 3).double(), normal(1, 3, 3, seed=1).double()
+    widths = [1.5] if kernel == "rbf" else [1.5 * factor for factor in (2, 2**0.5, 1, 0.5**0.5, 0.5)]
+
+    def mean_kernel(u: Tensor, v: Tensor) -> float:
+        squared = np.square(u[0].numpy()[:, None] - v[0].numpy()[None]).sum(-1)
+        return float(np.mean([np.exp(-squared / (2 * width**2)) for width in widths]))
+
+    expected = mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+    loss = mmd_loss(x, y, kernel=kernel, bandwidth=1.5)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_bandwidth_is_the_mean_squared_distance_of_the_true_cells():
+    y = normal(2, 5, 3)
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    y[1, 2] = torch.nan
+    for b in range(2):
+        cells = y[b, mask[b]].double()
+        squared = torch.cdist(cells, cells).square().mean()
+        assert compute_gamma(y, mask, None)[b].item() == pytest.approx(1 / (2 * squared.item()))
+    assert compute_gamma(torch.ones(1, 4, 3), None, None).item() == 0.5
+
+
+def test_gene_chunks_average_the_losses_of_their_genes():
+    x, y = typical()
+    expected = (mmd_loss(x[..., :136], y[..., :136]) + mmd_loss(x[..., 136:], y[..., 136:])) / 2
+    torch.testing.assert_close(mmd_loss(x, y, num_gene_chunks=2), expected)
+
+
+def test_without_a_gradient_no_weights_are_kept():
+    x, y = typical()
+    loss, weights = blocked._mmd2(x, y, None, None, None, "energy", False)
+    assert weights.numel() == 0
+    kept, _ = blocked._mmd2(x, y, None, None, None, "energy", True)
+    assert torch.equal(loss, kept)
+    with torch.no_grad():
+        assert torch.equal(mmd_loss(x.requires_grad_(), y), loss)
 
 
 def test_truth_without_gradient_costs_no_second_pass(monkeypatch):
@@ -314,7 +377,12 @@ def test_a_set_without_cells_is_refused(impl):
         ({"y_BTG": torch.zeros(2, 3, 4, device="meta")}, "x_BSG is on cpu and y_BTG on meta"),
         ({"x_mask_BS": torch.ones(2, 3)}, "x_mask_BS is torch.float32"),
         ({"y_mask_BT": torch.ones(2, 2, dtype=torch.bool)}, "y_mask_BT is torch.bool"),
-        ({"impl": "fused"}, "'fused' is not one of"),
+        ({"impl": "fused"}, "'fused' is not one of 'auto', 'reference', 'blocked', 'triton'"),
+        ({"impl": "triton"}, "impl 'triton' cannot run: "),
+        ({"kernel": "laplace"}, "kernel = 'laplace' is not one of 'energy', 'rbf', 'gaussian_mix'"),
+        ({"kernel": "rbf", "bandwidth": 0.0}, "bandwidth = 0.0: expected a positive number"),
+        ({"num_gene_chunks": 5}, "num_gene_chunks = 5: expected 1 to the number of genes, 4"),
+        ({"num_gene_chunks": 0}, "num_gene_chunks = 0: expected 1 to"),
         ({"x_BSG": torch.zeros(2, 3, 4).double(), "impl": "blocked"}, "use 'reference'"),
     ],
 )
