@@ -13,7 +13,7 @@ Shape legend: B cell sets, S predicted and T true cells in a set, G genes, Z = S
 set, M and N real cells. Tested by ``pytest tests/unit/state/test_mmd.py``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ from state.mmd.kernel_functions import sum_values_to_slopes_
 # CPU's matrix multiplication near its peak and skip 3/8 of the work at 512 cells.
 TILE_ROWS = 128
 EPS = torch.finfo(torch.float32).eps
+# Below this share of both norms, a squared distance from the Gram matrix has lost three digits or
+# more: it is summed again from differences, unless pairs are so many that it would cost as much as
+# the product did, which they are where cells occur several times.
+NEAR = 1e-3
+NEAR_PAIRS_PER_CELL, COINCIDING_PAIRS_PER_CELL = 4, 0.25
+PAIRS_AT_ONCE = 64
 
 
 def mmd2_blocked(
@@ -92,9 +98,10 @@ def _mmd2(
         for b, gamma in enumerate(gammas):
             M, N = _centre_into(z_ZG, x_BSG[b], x_rows[b], y_BTG[b], y_rows[b])
             x_MG, y_NG, offset_G = z_ZG[:M], z_ZG[M : M + N], z_ZG[M + N]
-            y_norm_N, sum_yy = _within(y_NG, buffer_SZ[:N, :N], kernel, gamma)
+            x_cells, y_cells = _Cells(x_BSG[b], x_rows[b]), _Cells(y_BTG[b], y_rows[b])
+            y_norm_N, sum_yy = _within(y_NG, y_cells, buffer_SZ[:N, :N], kernel, gamma)
             w_xx = a_BSZ[b, :M, :M] if needs_weights else buffer_SZ[:M, :M]
-            x_norm_M, sum_xx = _within(x_MG, w_xx, kernel, gamma, mirrored=needs_weights)
+            x_norm_M, sum_xx = _within(x_MG, x_cells, w_xx, kernel, gamma, mirrored=needs_weights)
             w_xy = a_BSZ[b, :M, M : M + N] if needs_weights else buffer_SZ[:M, :N]
             # ||x - y + o||^2 = (x.x + 2 x.o + o.o) + (y.y - 2 y.o) - 2 x.y
             x_norm_M += 2 * (x_MG @ offset_G) + offset_G.dot(offset_G)
@@ -102,7 +109,8 @@ def _mmd2(
             torch.mm(x_MG, y_NG.T, out=w_xy)
             sum_xy = loss_B.new_zeros((), dtype=torch.float64)
             for rows in _tiles(M):
-                _gram_to_squared_(w_xy[rows], x_norm_M[rows], y_norm_N)
+                near = _gram_to_squared_(w_xy[rows], x_norm_M[rows], y_norm_N)
+                _sum_near_again_(w_xy[rows], *near, x_cells.after(rows.start), y_cells)
                 sum_xy += sum_values_to_slopes_(w_xy[rows], kernel, gamma)
             # The loss is a small difference of large sums once the sets are alike: float64.
             loss_B[b] = sum_xx / (M * M) + sum_yy / (N * N) - 2 * sum_xy / (M * N)
@@ -233,13 +241,34 @@ def _centre_into(
     return M, N
 
 
+class _Cells(NamedTuple):
+    """The cells of one side as they were given: near ones differ exactly, centred ones do not."""
+
+    cells_SG: Tensor
+    rows: Tensor | None
+    start: int = 0
+
+    def after(self, start: int) -> "_Cells":
+        return self._replace(start=start)
+
+    def take(self, indices: Tensor) -> Tensor:
+        indices = indices + self.start
+        return self.cells_SG[indices if self.rows is None else self.rows[indices]].float()
+
+
 def _tiles(num_points: int) -> list[slice]:
     starts = range(0, num_points, TILE_ROWS)
     return [slice(start, min(start + TILE_ROWS, num_points)) for start in starts]
 
 
 def _within(
-    points_NG: Tensor, out_NN: Tensor, kernel: str, gamma: float, *, mirrored: bool = False
+    points_NG: Tensor,
+    cells: _Cells,
+    out_NN: Tensor,
+    kernel: str,
+    gamma: float,
+    *,
+    mirrored: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return squared norms [N] and the sum of the kernel over all pairs; leave slopes in ``out``.
 
@@ -252,8 +281,11 @@ def _within(
     norm_N = out_NN.diagonal().clone()
     total = points_NG.new_zeros((), dtype=torch.float64)
     for rows in tiles:
-        _gram_to_squared_(out_NN[rows, rows.start :], norm_N[rows], norm_N[rows.start :])
-        out_NN[rows, rows].diagonal().zero_()
+        block = out_NN[rows, rows.start :]
+        near, is_zero = _gram_to_squared_(block, norm_N[rows], norm_N[rows.start :])
+        near.diagonal().fill_(value=False)
+        _sum_near_again_(block, near, is_zero, cells.after(rows.start), cells.after(rows.start))
+        block.diagonal().zero_()
         total += sum_values_to_slopes_(out_NN[rows, rows], kernel, gamma)
         if rows.stop < len(points_NG):
             beyond = out_NN[rows, rows.stop :]
@@ -263,9 +295,28 @@ def _within(
     return norm_N, total
 
 
-def _gram_to_squared_(gram_MN: Tensor, norm_M: Tensor, norm_N: Tensor) -> None:
+def _gram_to_squared_(gram_MN: Tensor, norm_M: Tensor, norm_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn products into squared distances in place; return which are near, and which are 0."""
     norms_MN = norm_M[:, None] + norm_N[None, :]
     torch.add(norms_MN, gram_MN, alpha=-2, out=gram_MN)
+    norms_MN.clamp_min_(0)
+    near_MN = gram_MN <= norms_MN * NEAR
     # Below this a squared distance is rounding, and its reciprocal would be a huge weight.
-    floor_MN = norms_MN.mul_(EPS).clamp_min_(0)
-    gram_MN.masked_fill_(gram_MN <= floor_MN, 0.0)
+    is_zero_MN = gram_MN <= norms_MN.mul_(EPS)
+    gram_MN.masked_fill_(is_zero_MN, 0.0)
+    return near_MN, is_zero_MN
+
+
+def _sum_near_again_(
+    squared_MN: Tensor, near_MN: Tensor, is_zero_MN: Tensor, cells: _Cells, others: _Cells
+) -> None:
+    """Replace the squared distances of near pairs by sums over their differences."""
+    num_cells = sum(near_MN.shape)
+    if int((near_MN & is_zero_MN).sum()) > COINCIDING_PAIRS_PER_CELL * num_cells:
+        near_MN = near_MN & ~is_zero_MN
+    if int(near_MN.sum()) > NEAR_PAIRS_PER_CELL * num_cells:
+        return
+    for pairs in near_MN.nonzero().split(PAIRS_AT_ONCE):
+        rows, columns = pairs.unbind(1)
+        difference_PG = cells.take(rows).sub_(others.take(columns))
+        squared_MN[rows, columns] = difference_PG.square_().sum(1)

@@ -65,8 +65,12 @@ def _gram(
         b = tl.load(b_ptrs + start)
         gram = _dot(a, b, gram, PRECISION, UPCAST)
         if SPLIT:
-            gram = _dot(a, tl.load(b_ptrs + plane_stride + start), gram, PRECISION, UPCAST)
-            gram = _dot(tl.load(a_ptrs + plane_stride + start), b, gram, PRECISION, UPCAST)
+            # low x low too: without it, points that nearly coincide would lie too close by it.
+            a_low = tl.load(a_ptrs + plane_stride + start)
+            b_low = tl.load(b_ptrs + plane_stride + start)
+            gram = _dot(a, b_low, gram, PRECISION, UPCAST)
+            gram = _dot(a_low, b, gram, PRECISION, UPCAST)
+            gram = _dot(a_low, b_low, gram, PRECISION, UPCAST)
     return gram
 
 
@@ -179,7 +183,7 @@ def distance_kernel(
     norms = row_norm[:, None] + column_norm[None, :]
     squared = norms - 2.0 * gram
     # Below this a squared distance is rounding, and its reciprocal would be a huge weight.
-    squared = tl.where(squared > EPS * norms, squared, 0.0)
+    squared = tl.where(squared > tl.maximum(EPS * norms, 0.0), squared, 0.0)
     if IS_DIAGONAL:
         squared = tl.where(is_self, 0.0, squared)
     value, slope = _kernel_value(squared, tl.load(gamma_ptr + b), KERNEL)
