@@ -38,6 +38,9 @@ class GradientTile(NamedTuple):
     num_stages: int
 
 
+# Said, since triton 3.10 changes the default and 3.9 warns where it is left out.
+OPTIONS = {"enable_fp_fusion": True}
+
 CENTRE_BLOCK_CELLS, CENTRE_NUM_WARPS = 32, 4
 
 # Larger tiles read less; the smaller ones make more programs. On sm_80, a 128 x 128 tile in

@@ -280,7 +280,12 @@ def _gpu(tensor: Tensor) -> int:
 def _arithmetic(points: Tensor) -> dict[str, Any]:
     split = points.dtype == torch.bfloat16
     # Of bfloat16, the precision is ignored: such products are exact before they are added.
-    return {"SPLIT": split, "PRECISION": "tf32x3", "UPCAST": split and not points.is_cuda}
+    return {
+        "SPLIT": split,
+        "PRECISION": "tf32x3",
+        "UPCAST": split and not points.is_cuda,
+        **tiles.OPTIONS,
+    }
 
 
 def _valid_rows(
@@ -331,6 +336,7 @@ def _centre(
         BLOCK_GENES=tiles.GENE_PADDING,
         SPLIT=planes == 2,
         num_warps=tiles.CENTRE_NUM_WARPS,
+        **tiles.OPTIONS,
     )
     # ||x - y + o||^2 = (x.x + 2 x.o + o.o) + (y.y - 2 y.o) - 2 x.y
     shift = along_offset.sum(2).mul_(2)

@@ -7,8 +7,29 @@ sets, S predicted and T true cells in a set, G genes. Tested by
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def load_geomloss() -> Any:
+    """Return ``geomloss.SamplesLoss``.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If geomloss is not installed; says how to get it.
+    """
+    try:
+        from geomloss import SamplesLoss
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the Sinkhorn divergence needs geomloss: pip install 'statewide[sinkhorn]', or set "
+            "loss.kind = \"mmd\"",
+            name=error.name,
+        ) from error
+    return SamplesLoss
 
 
 def sinkhorn_divergence(
@@ -43,20 +64,13 @@ def sinkhorn_divergence(
     ModuleNotFoundError
         If geomloss is not installed.
     """
-    try:
-        from geomloss import SamplesLoss
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the Sinkhorn divergence needs geomloss: pip install 'statewide[sinkhorn]', or set "
-            "loss.kind = \"mmd\"",
-            name=error.name,
-        ) from error
+    samples_loss = load_geomloss()
     with torch.autocast(x_BSG.device.type, enabled=False):
         x_weight_BS, x_BSG = _weights_and_cells(x_BSG, x_mask_BS)
         y_weight_BT, y_BTG = _weights_and_cells(y_BTG, y_mask_BT)
         # Moved by the mean truth: distances keep their digits wherever the cells lie.
         centre_B1G = (y_weight_BT[..., None] * y_BTG).sum(1, keepdim=True).detach()
-        loss = SamplesLoss("sinkhorn", p=2, blur=blur, backend="tensorized")
+        loss = samples_loss("sinkhorn", p=2, blur=blur, backend="tensorized")
         loss_B: Tensor = loss(x_weight_BS, x_BSG - centre_B1G, y_weight_BT, y_BTG - centre_B1G)
     return loss_B
 

@@ -46,6 +46,7 @@ def compile_kernel(
     *,
     num_warps: int,
     num_stages: int,
+    options: Mapping[str, Any],
     work_dir: Path,
     odd: frozenset[str] = frozenset(),
 ) -> Listing:
@@ -65,7 +66,7 @@ def compile_kernel(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, **options},
     )
     path = work_dir / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
