@@ -1,4 +1,4 @@
-"""The training objective: the model, the perturbation features and the loss between sets in one module.
+"""The training objective: model, perturbation features and the loss between sets in one module.
 
 DeepSpeed wraps this module, so that one call from batch to loss goes through its engine.
 

@@ -79,7 +79,7 @@ def _mmd2(
     x_mask_BS: Tensor | None,
     y_mask_BT: Tensor | None,
     kernel: str,
-    needs_weights: bool,
+    needs_weights: bool,  # noqa: FBT001 - operators take no keywords
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, for the backward pass, the matrix A of each set.
 
@@ -131,7 +131,7 @@ def _(
     x_mask_BS: Tensor | None,
     y_mask_BT: Tensor | None,
     kernel: str,
-    needs_weights: bool,
+    needs_weights: bool,  # noqa: FBT001 - operators take no keywords
 ) -> tuple[Tensor, Tensor]:
     shape = _weights_shape(x_BSG, y_BTG, needs_weights)
     loss_B = x_BSG.new_empty(x_BSG.shape[0], dtype=torch.float32)
@@ -316,7 +316,7 @@ def _sum_near_again_(
         near_MN = near_MN & ~is_zero_MN
     if int(near_MN.sum()) > NEAR_PAIRS_PER_CELL * num_cells:
         return
-    for pairs in near_MN.nonzero().split(PAIRS_AT_ONCE):
+    for pairs in torch.split(near_MN.nonzero(), PAIRS_AT_ONCE):
         rows, columns = pairs.unbind(1)
         difference_PG = cells.take(rows).sub_(others.take(columns))
         squared_MN[rows, columns] = difference_PG.square_().sum(1)

@@ -5,8 +5,8 @@ needs triton. Tested by ``pytest tests/unit/state/test_mmd_fused.py`` (interpret
 ``tests/unit/state/test_mmd_compile.py`` (ahead of time, for sm_80 and sm_90).
 
 Points are the cells of both sides of a set, each side less its own mean and padded with zeros to
-whole tiles (``state.mmd.fused_centre``): rows [0, x_rows) are x, the rest is y. They are float32, or two planes of bfloat16
-whose sum holds 16 bits (``SPLIT``). Shape legend: B cell sets, P points of a set, G padded genes,
+whole tiles (``state.mmd.fused_centre``): rows [0, x_rows) are x, the rest is y. They are float32,
+or two planes of bfloat16 whose sum holds 16 bits (``SPLIT``). Shape legend: B cell sets, P points of a set, G padded genes,
 C gene blocks, S padded rows of x, N tiles of points along a side.
 """
 
@@ -98,9 +98,7 @@ def _kernel_value(squared, gamma, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def _store_weights(
-    pointers, weights, row_sum_ptrs, row_sums, plane_stride, SPLIT: tl.constexpr
-):
+def _store_weights(pointers, weights, row_sum_ptrs, row_sums, plane_stride, SPLIT: tl.constexpr):
     if SPLIT:
         high = weights.to(tl.bfloat16)
         tl.store(pointers, high)
@@ -272,12 +270,8 @@ def gradient_kernel(
         z = tl.load(z_ptrs)
         product = _dot(w, z, product, PRECISION, UPCAST)
         if SPLIT:
-            product = _dot(
-                w, tl.load(z_ptrs + points_plane_stride), product, PRECISION, UPCAST
-            )
-            product = _dot(
-                tl.load(w_ptrs + weight_plane_stride), z, product, PRECISION, UPCAST
-            )
+            product = _dot(w, tl.load(z_ptrs + points_plane_stride), product, PRECISION, UPCAST)
+            product = _dot(tl.load(w_ptrs + weight_plane_stride), z, product, PRECISION, UPCAST)
         w_ptrs += BLOCK_POINTS
         z_ptrs += z_step
     x_ptrs = points_ptr + cells.to(tl.int64)[:, None] * padded_genes + genes[None, :]

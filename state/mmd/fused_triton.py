@@ -140,7 +140,7 @@ def _mmd2_fused(
     x_mask_BS: Tensor | None,
     y_mask_BT: Tensor | None,
     kernel: str,
-    needs_weights: bool,
+    needs_weights: bool,  # noqa: FBT001 - operators take no keywords
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the loss and what the backward pass needs: points, weights, their sums, offset."""
     layout = _layout(x_BSG, y_BTG)
@@ -170,7 +170,7 @@ def _(
     x_mask_BS: Tensor | None,
     y_mask_BT: Tensor | None,
     kernel: str,
-    needs_weights: bool,
+    needs_weights: bool,  # noqa: FBT001 - operators take no keywords
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _new_outputs(x_BSG, _layout(x_BSG, y_BTG), needs_weights=needs_weights)
 

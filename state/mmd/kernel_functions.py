@@ -20,9 +20,7 @@ KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 MIX_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def compute_gamma(
-    y_BTG: Tensor, y_mask_BT: Tensor | None, bandwidth: float | None
-) -> Tensor:
+def compute_gamma(y_BTG: Tensor, y_mask_BT: Tensor | None, bandwidth: float | None) -> Tensor:
     """Return ``1 / (2 sigma^2)`` of each set, [B] float32 or float64, without gradient.
 
     Parameters

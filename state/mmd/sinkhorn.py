@@ -26,7 +26,7 @@ def load_geomloss() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "the Sinkhorn divergence needs geomloss: pip install 'statewide[sinkhorn]', or set "
-            "loss.kind = \"mmd\"",
+            'loss.kind = "mmd"',
             name=error.name,
         ) from error
     return SamplesLoss

@@ -173,9 +173,7 @@ def check_opcheck(device: torch.device) -> None:
     mask = torch.tensor([[True] * 6, [True, False] * 3], device=device)
     gamma = torch.tensor([0.1, 0.2], device=device)
     x.requires_grad_(), y.requires_grad_()
-    torch.library.opcheck(
-        fused_triton._mmd2_fused, (x, y, gamma, mask, mask[:, :4], "rbf", True)
-    )
+    torch.library.opcheck(fused_triton._mmd2_fused, (x, y, gamma, mask, mask[:, :4], "rbf", True))
     x, y = x.detach(), y.detach()
     _, *kept = fused_triton._mmd2_fused(x, y, None, mask, None, "energy", True)
     arguments = (torch.ones(2, device=device), *kept, 6, 5, torch.float32)

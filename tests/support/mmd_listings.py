@@ -21,9 +21,7 @@ _TYPES = {
     "loss_ptr": "*fp64",
 }
 # Numbers of sets, cells, genes and tiles need not divide by 16.
-_ODD = frozenset(
-    {"x_tiles", "num_tiles", "num_sets", "num_cells", "num_genes", "num_x", "num_y"}
-)
+_ODD = frozenset({"x_tiles", "num_tiles", "num_sets", "num_cells", "num_genes", "num_x", "num_y"})
 
 
 class Job(NamedTuple):

@@ -26,6 +26,7 @@ from tests.support.mmd_cases import (
     typical,
 )
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_blocked_is_at_least_as_exact_as_a_plain_gram(case):
     squared_errors = {"ours": torch.zeros(3), "plain": torch.zeros(3)}
@@ -156,9 +157,7 @@ def test_opcheck(kernel):
     mask = torch.tensor([[True] * 6, [True, False] * 3])
     torch.library.opcheck(blocked._mmd2, (x, y, gamma, None, None, kernel, True))
     torch.library.opcheck(blocked._mmd2, (x, y, gamma, mask, mask[:, :4], kernel, True))
-    torch.library.opcheck(
-        blocked._mmd2, (x.detach(), y.detach(), gamma, None, None, kernel, False)
-    )
+    torch.library.opcheck(blocked._mmd2, (x.detach(), y.detach(), gamma, None, None, kernel, False))
     _, a = blocked._mmd2(x.detach(), y.detach(), gamma, mask, None, kernel, True)
     torch.library.opcheck(
         blocked._mmd2_grad,
@@ -200,7 +199,9 @@ def test_gaussian_kernels_of_blocked_against_their_definition(case, kernel):
 @pytest.mark.parametrize("kernel", ["rbf", "gaussian_mix"])
 def test_the_definition_of_the_gaussian_kernels(kernel):
     x, y = normal(1, 4, 3).double(), normal(1, 3, 3, seed=1).double()
-    widths = [1.5] if kernel == "rbf" else [1.5 * factor for factor in (2, 2**0.5, 1, 0.5**0.5, 0.5)]
+    widths = (
+        [1.5] if kernel == "rbf" else [1.5 * factor for factor in (2, 2**0.5, 1, 0.5**0.5, 0.5)]
+    )
 
     def mean_kernel(u: Tensor, v: Tensor) -> float:
         squared = np.square(u[0].numpy()[:, None] - v[0].numpy()[None]).sum(-1)

@@ -58,9 +58,7 @@ def test_a_tile_that_spills_and_one_without_tensor_cores_are_found(tmp_path, mon
     from state.mmd import fused_tiles
 
     key = (80, "tf32x3")
-    monkeypatch.setitem(
-        fused_tiles.DISTANCE_TILES, key, (fused_tiles.DistanceTile(128, 32, 4, 3),)
-    )
+    monkeypatch.setitem(fused_tiles.DISTANCE_TILES, key, (fused_tiles.DistanceTile(128, 32, 4, 3),))
     listing = distance_jobs(*key)[1].compile(work_dir=tmp_path)
     assert listing.stack_bytes > 0
     assert listing.local_accesses > 0
