@@ -1,7 +1,7 @@
 """Triton kernel that centres the cells of both sides of a set and lays them out in tiles.
 
 The first of the three launches of ``state.mmd.fused_triton``; ``state.mmd.fused_kernels`` has the
-others and the legend. Importing this module needs triton.
+others and the legend; C is the number of gene blocks. Importing this module needs triton.
 """
 
 from __future__ import annotations

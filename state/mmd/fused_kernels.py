@@ -6,8 +6,8 @@ needs triton. Tested by ``pytest tests/unit/state/test_mmd_fused.py`` (interpret
 
 Points are the cells of both sides of a set, each side less its own mean and padded with zeros to
 whole tiles (``state.mmd.fused_centre``): rows [0, x_rows) are x, the rest is y. They are float32,
-or two planes of bfloat16 whose sum holds 16 bits (``SPLIT``). Shape legend: B cell sets, P points of a set, G padded genes,
-C gene blocks, S padded rows of x, N tiles of points along a side.
+or two planes of bfloat16 whose sum holds 16 bits (``SPLIT``). Shape legend: B cell sets, P points
+of a set, G padded genes, S padded rows of x, N tiles of points along a side.
 """
 
 from __future__ import annotations
