@@ -64,3 +64,18 @@ def test_a_tile_that_spills_and_one_without_tensor_cores_are_found(tmp_path, mon
     assert listing.local_accesses > 0
     listing = centre_jobs(*key)[0].compile(work_dir=tmp_path)
     assert listing.tensor_ops == 0
+
+
+def test_the_roofline_counts_blocks_and_work():
+    from benchmarks.mmd_roofline import GPUS, blocks_per_processor, count_work
+
+    h100 = GPUS[1]
+    listing = Listing(168, 0, 49 * 1024, 128, 0, 1, {})
+    # 65,536 registers / (4 warps x 32 x 168) = 3.05; 228 KiB / (49 + 1) KiB = 4.56.
+    assert blocks_per_processor(listing, h100) == 3
+    work = count_work((16, 512, 2048), 90, "tf32x3")
+    u = 16 * 512**2 * 2048 * 2
+    # Of 6u: xy is 2u, xx and yy are symmetric, but for whole tiles on the diagonal: 36 of 64.
+    assert work["distance"][1] == 3 * 4 * u * 36 / 64
+    assert work["gradient"][1] == 3 * 2 * u
+    assert work["gradient"][0] == 4 * (16 * 1024 * 2048 + 16 * 512 * 1024 + 16 * 512 * 2048)
