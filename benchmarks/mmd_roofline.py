@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.mmd_roofline`` prints the tables of ``docs/kernels.md`` in Markdown. No GPU
 is used and none was: registers and shared memory are read from the compiled kernels, bytes and
-FLOPs are counted, and the time of a launch is the larger of what memory and tensor cores need. Needs triton. Legend: B cell sets, S cells a side, G genes.
+FLOPs are counted, and the time of a launch is the larger of what the memory and the tensor cores
+need. Needs triton. Legend: B cell sets, S cells a side, G genes.
 """
 
 from __future__ import annotations
