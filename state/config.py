@@ -198,12 +198,24 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """The energy-distance MMD between predicted and true cell sets."""
+    """The distance between predicted and true cell sets that training lowers."""
 
+    kind: Literal["mmd", "sinkhorn"] = "mmd"
+    """The squared MMD, or the debiased Sinkhorn divergence (needs geomloss; slower)."""
+    kernel: Literal["energy", "rbf", "gaussian_mix"] = "energy"
+    """Kernel of the MMD: the energy distance, one Gaussian, or five of widths 2^-1 to 2."""
+    bandwidth: PositiveFloat | None = None
+    """sigma of the Gaussian kernels, in units of expression. Absent: of each set, the root mean
+    squared distance between its true cells."""
+    num_gene_chunks: PositiveInt = 1
+    """Mean of the MMDs of so many chunks of genes, in place of one over all genes."""
+    blur: PositiveFloat = 0.05
+    """Sinkhorn only: root of the entropic regularisation, in units of expression."""
     scale: PositiveFloat = 1.0
-    """1.0 is the paper's MMD^2; 0.5 gives the reference's numbers."""
-    mmd_impl: Literal["auto", "reference", "blocked"] = "auto"
-    """Implementation of the MMD; auto takes the fastest for the device."""
+    """Factor. 1.0 is the paper's MMD^2; 0.5 gives the reference's numbers."""
+    mmd_impl: Literal["auto", "reference", "blocked", "triton"] = "auto"
+    """Implementation of the MMD: auto takes the fused kernels on a GPU with triton, else
+    ``blocked``."""
 
 
 class TrainConfig(Section):

@@ -1,4 +1,4 @@
-"""The training objective: the model, the perturbation features and the MMD loss in one module.
+"""The training objective: model, perturbation features and the loss between sets in one module.
 
 DeepSpeed wraps this module, so that one call from batch to loss goes through its engine.
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from state.config import LossConfig
 from state.mmd.dispatch import mmd_loss
+from state.mmd.sinkhorn import load_geomloss, sinkhorn_divergence
 from state.transition.model import StateTransition
 
 
@@ -25,7 +26,7 @@ class SetLosses(NamedTuple):
     loss: Tensor
     """Scalar float32 to differentiate: the weighted mean of ``mmd_B``."""
     mmd_B: Tensor
-    """float32 [B], the scaled MMD^2 of each set, detached."""
+    """float32 [B], the scaled MMD^2 (or Sinkhorn divergence) of each set, detached."""
 
 
 class SetObjective(nn.Module):
@@ -40,13 +41,20 @@ class SetObjective(nn.Module):
         parameter and not part of the checkpoint. They stay float32 when the module is cast, and
         the model casts the rows it uses.
     config
-        Scale and implementation of the MMD.
+        Which loss, and its options.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the loss is the Sinkhorn divergence and geomloss is not installed.
     """
 
     features_PD: Tensor
 
     def __init__(self, model: StateTransition, features_PD: Tensor, config: LossConfig) -> None:
         super().__init__()
+        if config.kind == "sinkhorn":
+            load_geomloss()
         self.model = model
         self.config = config
         self.register_buffer("features_PD", features_PD.float(), persistent=False)
@@ -71,20 +79,31 @@ class SetObjective(nn.Module):
             does not count, and a micro-batch of such sets has loss 0.
         """
         predicted_BSG = self.predict(control_BSG, mask_BS, pert_B, batch_BS)
-        mmd_B = mmd_loss(
-            predicted_BSG,
-            target_BSG,
-            mask_BS,
-            mask_BS,
-            scale=self.config.scale,
-            impl=self.config.mmd_impl,
-        )
+        mmd_B = self._compare(predicted_BSG, target_BSG, mask_BS)
         if weight_B is None:
             loss = mmd_B.mean()
         else:
             total = weight_B.sum()
             loss = (weight_B * mmd_B).sum() / total.where(total > 0, 1)
         return SetLosses(loss, mmd_B.detach())
+
+    def _compare(self, predicted_BSG: Tensor, target_BSG: Tensor, mask_BS: Tensor) -> Tensor:
+        config = self.config
+        if config.kind == "sinkhorn":
+            return config.scale * sinkhorn_divergence(
+                predicted_BSG, target_BSG, mask_BS, mask_BS, blur=config.blur
+            )
+        return mmd_loss(
+            predicted_BSG,
+            target_BSG,
+            mask_BS,
+            mask_BS,
+            kernel=config.kernel,
+            bandwidth=config.bandwidth,
+            scale=config.scale,
+            num_gene_chunks=config.num_gene_chunks,
+            impl=config.mmd_impl,
+        )
 
     def predict(
         self, control_BSG: Tensor, mask_BS: Tensor, pert_B: Tensor, batch_BS: Tensor

@@ -1,36 +1,47 @@
-"""The energy-distance MMD from matrix multiplications, one cell set at a time.
+"""The MMD from matrix multiplications, one cell set at a time: the version for CPUs.
 
 Against a plain Gram formulation: each side is centred on its own mean in float32, which keeps
 the distances exact to rounding however far the two lie from the origin and from each other; up
 to half of each symmetric product is skipped; empty slots cost nothing; the only buffer of S x G
 size is one set's, and the gradient is one product, ``A z``, with weights that the forward pass
-left behind.
+left behind. ``docs/kernels.md`` derives it.
 
-Registered as ``torch.ops.statewide.energy_mmd2``, so it survives torch.compile and computes in
-float32 under autocast. Runs on any device; written for the CPU.
+Registered as ``torch.ops.statewide.mmd2``, so it survives torch.compile and computes in float32
+under autocast. Runs on any device; written for the CPU.
 
 Shape legend: B cell sets, S predicted and T true cells in a set, G genes, Z = S + T + 1; in a
 set, M and N real cells. Tested by ``pytest tests/unit/state/test_mmd.py``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from state.mmd.kernel_functions import sum_values_to_slopes_
 
 # Rows of a symmetric product computed at a time, from the diagonal rightwards. 128 rows keep the
 # CPU's matrix multiplication near its peak and skip 3/8 of the work at 512 cells.
 TILE_ROWS = 128
 EPS = torch.finfo(torch.float32).eps
+# Below this share of both norms, a squared distance from the Gram matrix has lost three digits or
+# more: it is summed again from differences, unless pairs are so many that it would cost as much as
+# the product did, which they are where cells occur several times.
+NEAR = 1e-3
+NEAR_PAIRS_PER_CELL, COINCIDING_PAIRS_PER_CELL = 4, 0.25
+PAIRS_AT_ONCE = 64
 
 
-def energy_mmd2_blocked(
+def mmd2_blocked(
     x_BSG: Tensor,
     y_BTG: Tensor,
     x_mask_BS: Tensor | None = None,
     y_mask_BT: Tensor | None = None,
+    *,
+    kernel: str = "energy",
+    gamma_B: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``energy_mmd2_reference`` in float32 with a hand-derived gradient.
+    """Compute ``mmd2_reference`` in float32 with a hand-derived gradient.
 
     Parameters
     ----------
@@ -39,6 +50,10 @@ def energy_mmd2_blocked(
         that of ``x`` does not.
     x_mask_BS, y_mask_BT
         bool, True where a slot holds a cell. Empty slots are skipped, whatever they hold.
+    kernel
+        ``energy``, ``rbf`` or ``gaussian_mix``.
+    gamma_B
+        float32 [B], ``1 / (2 sigma^2)`` of the Gaussians; no gradient flows to it.
 
     Returns
     -------
@@ -50,61 +65,86 @@ def energy_mmd2_blocked(
     ValueError
         If a set has no cell.
     """
+    needs_weights = torch.is_grad_enabled() and (x_BSG.requires_grad or y_BTG.requires_grad)
     loss_B: Tensor
-    loss_B, _ = _energy_mmd2(x_BSG, y_BTG, x_mask_BS, y_mask_BT)
+    loss_B, _ = _mmd2(x_BSG, y_BTG, gamma_B, x_mask_BS, y_mask_BT, kernel, needs_weights)
     return loss_B
 
 
-@torch.library.custom_op("statewide::energy_mmd2", mutates_args=())
-def _energy_mmd2(
-    x_BSG: Tensor, y_BTG: Tensor, x_mask_BS: Tensor | None, y_mask_BT: Tensor | None
+@torch.library.custom_op("statewide::mmd2", mutates_args=())
+def _mmd2(
+    x_BSG: Tensor,
+    y_BTG: Tensor,
+    gamma_B: Tensor | None,
+    x_mask_BS: Tensor | None,
+    y_mask_BT: Tensor | None,
+    kernel: str,
+    needs_weights: bool,  # noqa: FBT001 - operators take no keywords
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, for the backward pass, the matrix A of each set.
 
-    With ``w_ij = d loss / d ||x_i - z_j|| / ||x_i - z_j||`` over ``z = [x; y]``, the gradient is
-    ``gx_i = x_i sum_j w_ij - sum_j w_ij z_j = sum_j A_ij z_j`` where ``A = diag(sum_j w) - w``.
-    Centring x and y apart moves y by their offset: the last row of z, and the last column of A.
+    The gradient is ``gx_i = sum_j w_ij (x_i - z_j) = sum_j A_ij z_j`` over ``z = [x; y]``, where
+    ``A = diag(sum_j w) - w`` and w is the kernel's slope times +-2 / (pairs). Centring x and y
+    apart moves y by their offset: the last row of z, and the last column of A.
     """
     num_sets, S, T = len(x_BSG), x_BSG.shape[1], y_BTG.shape[1]
     loss_B = x_BSG.new_empty(num_sets, dtype=torch.float32)
-    a_BSZ = x_BSG.new_zeros((num_sets, S, S + T + 1), dtype=torch.float32)
+    a_BSZ = x_BSG.new_zeros(_weights_shape(x_BSG, y_BTG, needs_weights), dtype=torch.float32)
     z_ZG = _points_buffer(x_BSG, y_BTG)
-    within_y_TT = x_BSG.new_empty((T, T), dtype=torch.float32)
+    buffer_SZ = x_BSG.new_empty((max(S, T), max(S, T)), dtype=torch.float32)
     x_rows, y_rows = _real_rows(x_mask_BS, num_sets), _real_rows(y_mask_BT, num_sets)
+    gammas = [0.0] * num_sets if gamma_B is None else gamma_B.tolist()
     with torch.autocast(x_BSG.device.type, enabled=False):
-        for b in range(num_sets):
+        for b, gamma in enumerate(gammas):
             M, N = _centre_into(z_ZG, x_BSG[b], x_rows[b], y_BTG[b], y_rows[b])
             x_MG, y_NG, offset_G = z_ZG[:M], z_ZG[M : M + N], z_ZG[M + N]
-            d_xx, d_xy, d_yy = a_BSZ[b, :M, :M], a_BSZ[b, :M, M : M + N], within_y_TT[:N, :N]
-            x_norm_M = _distances_within(x_MG, out=d_xx)
-            y_norm_N = _distances_within(y_NG, out=d_yy)
-            torch.mm(x_MG, y_NG.T, out=d_xy)
+            x_cells, y_cells = _Cells(x_BSG[b], x_rows[b]), _Cells(y_BTG[b], y_rows[b])
+            y_norm_N, sum_yy = _within(y_NG, y_cells, buffer_SZ[:N, :N], kernel, gamma)
+            w_xx = a_BSZ[b, :M, :M] if needs_weights else buffer_SZ[:M, :M]
+            x_norm_M, sum_xx = _within(x_MG, x_cells, w_xx, kernel, gamma, mirrored=needs_weights)
+            w_xy = a_BSZ[b, :M, M : M + N] if needs_weights else buffer_SZ[:M, :N]
             # ||x - y + o||^2 = (x.x + 2 x.o + o.o) + (y.y - 2 y.o) - 2 x.y
             x_norm_M += 2 * (x_MG @ offset_G) + offset_G.dot(offset_G)
             y_norm_N -= 2 * (y_NG @ offset_G)
-            _gram_to_distance_(d_xy, x_norm_M, y_norm_N)
-            # The loss is a small difference of large sums once the sets are alike: add in float64.
-            sum_xx, sum_xy, sum_yy = (d.sum(dtype=torch.float64) for d in (d_xx, d_xy, d_yy))
-            loss_B[b] = 2 * sum_xy / (M * N) - sum_xx / (M * M) - sum_yy / (N * N)
-            _distance_to_weight_(d_xx, 2 / (M * M))
-            _distance_to_weight_(d_xy, -2 / (M * N))
-            w_xy_M = -d_xy.sum(1)
-            d_xx.diagonal().copy_(w_xy_M - d_xx.sum(1))
-            a_BSZ[b, :M, M + N] = w_xy_M
+            torch.mm(x_MG, y_NG.T, out=w_xy)
+            sum_xy = loss_B.new_zeros((), dtype=torch.float64)
+            for rows in _tiles(M):
+                near = _gram_to_squared_(w_xy[rows], x_norm_M[rows], y_norm_N)
+                _sum_near_again_(w_xy[rows], *near, x_cells.after(rows.start), y_cells)
+                sum_xy += sum_values_to_slopes_(w_xy[rows], kernel, gamma)
+            # The loss is a small difference of large sums once the sets are alike: float64.
+            loss_B[b] = sum_xx / (M * M) + sum_yy / (N * N) - 2 * sum_xy / (M * N)
+            if needs_weights:
+                w_xx.mul_(-2 / (M * M))
+                w_xy.mul_(2 / (M * N))
+                from_y_M = -w_xy.sum(1)
+                w_xx.diagonal().copy_(from_y_M - w_xx.sum(1))
+                a_BSZ[b, :M, M + N] = from_y_M
     return loss_B, a_BSZ
 
 
-@_energy_mmd2.register_fake
+@_mmd2.register_fake
 def _(
-    x_BSG: Tensor, y_BTG: Tensor, x_mask_BS: Tensor | None, y_mask_BT: Tensor | None
+    x_BSG: Tensor,
+    y_BTG: Tensor,
+    gamma_B: Tensor | None,
+    x_mask_BS: Tensor | None,
+    y_mask_BT: Tensor | None,
+    kernel: str,
+    needs_weights: bool,  # noqa: FBT001 - operators take no keywords
 ) -> tuple[Tensor, Tensor]:
+    shape = _weights_shape(x_BSG, y_BTG, needs_weights)
+    loss_B = x_BSG.new_empty(x_BSG.shape[0], dtype=torch.float32)
+    return loss_B, x_BSG.new_empty(shape, dtype=torch.float32)
+
+
+def _weights_shape(x_BSG: Tensor, y_BTG: Tensor, needs_weights: bool) -> tuple[int, int, int]:  # noqa: FBT001 - an op's argument
     B, S, T = x_BSG.shape[0], x_BSG.shape[1], y_BTG.shape[1]
-    loss_B = x_BSG.new_empty(B, dtype=torch.float32)
-    return loss_B, x_BSG.new_empty((B, S, S + T + 1), dtype=torch.float32)
+    return (B, S, S + T + 1) if needs_weights else (0, 0, 0)
 
 
-@torch.library.custom_op("statewide::energy_mmd2_grad", mutates_args=())
-def _energy_mmd2_grad(
+@torch.library.custom_op("statewide::mmd2_grad", mutates_args=())
+def _mmd2_grad(
     grad_B: Tensor,
     a_BSZ: Tensor,
     x_BSG: Tensor,
@@ -131,7 +171,7 @@ def _energy_mmd2_grad(
     return grad_x_BSG
 
 
-@_energy_mmd2_grad.register_fake
+@_mmd2_grad.register_fake
 def _(
     grad_B: Tensor,
     a_BSZ: Tensor,
@@ -143,26 +183,27 @@ def _(
     return torch.empty_like(x_BSG, memory_format=torch.contiguous_format)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], output: Any
-) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_BSG, y_BTG, gamma_B, x_mask_BS, y_mask_BT, ctx.kernel, _ = inputs
+    ctx.save_for_backward(x_BSG, y_BTG, gamma_B, x_mask_BS, y_mask_BT, output[1])
 
 
 def _backward(ctx: Any, grad_B: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x_BSG, y_BTG, x_mask_BS, y_mask_BT, a_BSZ = ctx.saved_tensors
+    x_BSG, y_BTG, gamma_B, x_mask_BS, y_mask_BT, a_BSZ = ctx.saved_tensors
     grad_x_BSG = grad_y_BTG = None
     if ctx.needs_input_grad[0]:
-        grad_x_BSG = _energy_mmd2_grad(grad_B, a_BSZ, x_BSG, y_BTG, x_mask_BS, y_mask_BT)
+        if not a_BSZ.numel():
+            raise RuntimeError("statewide::mmd2 was called with needs_weights=False")
+        grad_x_BSG = _mmd2_grad(grad_B, a_BSZ, x_BSG, y_BTG, x_mask_BS, y_mask_BT)
     if ctx.needs_input_grad[1]:
         # The loss is symmetric. The truth asks for no gradient in training, so that keeping its
         # weights from the forward pass would be a waste.
-        _, a_BTZ = _energy_mmd2(y_BTG, x_BSG, y_mask_BT, x_mask_BS)
-        grad_y_BTG = _energy_mmd2_grad(grad_B, a_BTZ, y_BTG, x_BSG, y_mask_BT, x_mask_BS)
-    return grad_x_BSG, grad_y_BTG, None, None
+        _, a_BTZ = _mmd2(y_BTG, x_BSG, gamma_B, y_mask_BT, x_mask_BS, ctx.kernel, True)  # noqa: FBT003
+        grad_y_BTG = _mmd2_grad(grad_B, a_BTZ, y_BTG, x_BSG, y_mask_BT, x_mask_BS)
+    return grad_x_BSG, grad_y_BTG, None, None, None, None, None
 
 
-_energy_mmd2.register_autograd(_backward, setup_context=_setup_context)
+_mmd2.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _real_rows(mask_BS: Tensor | None, num_sets: int) -> list[Tensor | None]:
@@ -200,28 +241,82 @@ def _centre_into(
     return M, N
 
 
-def _distances_within(points_NG: Tensor, out: Tensor) -> Tensor:
-    """Fill ``out`` [N, N] with the distances of points to each other; return squared norms [N]."""
-    tiles = [slice(start, start + TILE_ROWS) for start in range(0, len(points_NG), TILE_ROWS)]
-    for tile in tiles:
-        torch.mm(points_NG[tile], points_NG[tile.start :].T, out=out[tile, tile.start :])
+class _Cells(NamedTuple):
+    """The cells of one side as they were given: near ones differ exactly, centred ones do not."""
+
+    cells_SG: Tensor
+    rows: Tensor | None
+    start: int = 0
+
+    def after(self, start: int) -> "_Cells":
+        return self._replace(start=start)
+
+    def take(self, indices: Tensor) -> Tensor:
+        indices = indices + self.start
+        return self.cells_SG[indices if self.rows is None else self.rows[indices]].float()
+
+
+def _tiles(num_points: int) -> list[slice]:
+    starts = range(0, num_points, TILE_ROWS)
+    return [slice(start, min(start + TILE_ROWS, num_points)) for start in starts]
+
+
+def _within(
+    points_NG: Tensor,
+    cells: _Cells,
+    out_NN: Tensor,
+    kernel: str,
+    gamma: float,
+    *,
+    mirrored: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return squared norms [N] and the sum of the kernel over all pairs; leave slopes in ``out``.
+
+    The slopes lie on and above the diagonal blocks; with ``mirrored`` below them too.
+    """
+    tiles = _tiles(len(points_NG))
+    for rows in tiles:
+        torch.mm(points_NG[rows], points_NG[rows.start :].T, out=out_NN[rows, rows.start :])
     # Norms from the product itself: coinciding points then cancel to 0, or nearly so.
-    norm_N = out.diagonal().clone()
-    for tile in tiles:
-        _gram_to_distance_(out[tile, tile.start :], norm_N[tile], norm_N[tile.start :])
-        out[tile.stop :, tile] = out[tile, tile.stop :].T
-    out.diagonal().zero_()
-    return norm_N
+    norm_N = out_NN.diagonal().clone()
+    total = points_NG.new_zeros((), dtype=torch.float64)
+    for rows in tiles:
+        block = out_NN[rows, rows.start :]
+        near, is_zero = _gram_to_squared_(block, norm_N[rows], norm_N[rows.start :])
+        near.diagonal().fill_(value=False)
+        _sum_near_again_(block, near, is_zero, cells.after(rows.start), cells.after(rows.start))
+        block.diagonal().zero_()
+        total += sum_values_to_slopes_(out_NN[rows, rows], kernel, gamma)
+        if rows.stop < len(points_NG):
+            beyond = out_NN[rows, rows.stop :]
+            total += 2 * sum_values_to_slopes_(beyond, kernel, gamma)
+            if mirrored:
+                out_NN[rows.stop :, rows] = beyond.T
+    return norm_N, total
 
 
-def _gram_to_distance_(gram_MN: Tensor, norm_M: Tensor, norm_N: Tensor) -> None:
+def _gram_to_squared_(gram_MN: Tensor, norm_M: Tensor, norm_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn products into squared distances in place; return which are near, and which are 0."""
     norms_MN = norm_M[:, None] + norm_N[None, :]
     torch.add(norms_MN, gram_MN, alpha=-2, out=gram_MN)
+    norms_MN.clamp_min_(0)
+    near_MN = gram_MN <= norms_MN * NEAR
     # Below this a squared distance is rounding, and its reciprocal would be a huge weight.
-    floor_MN = norms_MN.mul_(EPS).clamp_min_(0)
-    gram_MN.masked_fill_(gram_MN <= floor_MN, 0.0).sqrt_()
+    is_zero_MN = gram_MN <= norms_MN.mul_(EPS)
+    gram_MN.masked_fill_(is_zero_MN, 0.0)
+    return near_MN, is_zero_MN
 
 
-def _distance_to_weight_(distance_MN: Tensor, factor: float) -> None:
-    is_zero_MN = distance_MN == 0
-    distance_MN.reciprocal_().mul_(factor).masked_fill_(is_zero_MN, 0.0)
+def _sum_near_again_(
+    squared_MN: Tensor, near_MN: Tensor, is_zero_MN: Tensor, cells: _Cells, others: _Cells
+) -> None:
+    """Replace the squared distances of near pairs by sums over their differences."""
+    num_cells = sum(near_MN.shape)
+    if int((near_MN & is_zero_MN).sum()) > COINCIDING_PAIRS_PER_CELL * num_cells:
+        near_MN = near_MN & ~is_zero_MN
+    if int(near_MN.sum()) > NEAR_PAIRS_PER_CELL * num_cells:
+        return
+    for pairs in torch.split(near_MN.nonzero(), PAIRS_AT_ONCE):
+        rows, columns = pairs.unbind(1)
+        difference_PG = cells.take(rows).sub_(others.take(columns))
+        squared_MN[rows, columns] = difference_PG.square_().sum(1)

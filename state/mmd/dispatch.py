@@ -6,15 +6,24 @@ Tested by ``pytest tests/unit/state/test_mmd.py``.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import math
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from state.mmd.blocked import energy_mmd2_blocked
-from state.mmd.reference import energy_mmd2_reference
+from state.mmd.blocked import mmd2_blocked
+from state.mmd.fused_triton import mmd2_fused, why_unavailable
+from state.mmd.kernel_functions import KERNELS, KernelName, compute_gamma
+from state.mmd.reference import mmd2_reference
 
-MmdImpl: TypeAlias = Literal["auto", "reference", "blocked"]
+MmdImpl: TypeAlias = Literal["auto", "reference", "blocked", "triton"]
+_IMPLS: dict[str, Callable[..., Tensor]] = {
+    "reference": mmd2_reference,
+    "blocked": mmd2_blocked,
+    "triton": mmd2_fused,
+}
 
 
 def mmd_loss(
@@ -23,10 +32,13 @@ def mmd_loss(
     x_mask_BS: Tensor | None = None,
     y_mask_BT: Tensor | None = None,
     *,
+    kernel: KernelName = "energy",
+    bandwidth: float | None = None,
     scale: float = 1.0,
+    num_gene_chunks: int = 1,
     impl: MmdImpl = "auto",
 ) -> Tensor:
-    """Compute ``scale`` times the energy-distance MMD^2 of each predicted and true cell set.
+    """Compute ``scale`` times the MMD^2 of each predicted and true cell set.
 
     Parameters
     ----------
@@ -36,11 +48,21 @@ def mmd_loss(
         True cells, any floating dtype; need not be that of ``x_BSG``.
     x_mask_BS, y_mask_BT
         bool, True where a slot holds a cell. None: every slot does.
+    kernel
+        ``energy``, minus the distance: the energy distance; ``rbf``, one Gaussian of width
+        sigma; ``gaussian_mix``, the mean of five with sigma^2 times 1/4 to 4.
+    bandwidth
+        sigma of the Gaussians, in the units of the cells. None: for each set, sigma^2 is the mean
+        squared distance between its true cells.
     scale
         1.0 is the paper's MMD^2; 0.5 the reference implementation's number.
+    num_gene_chunks
+        Split the genes, in their order, into so many chunks of nearly the same size, and take the
+        mean of their losses: differences in few genes weigh more than in one distance over all.
     impl
-        ``reference`` (the definition, slow), ``blocked`` (matrix products in float32), or
-        ``auto``: ``reference`` for float64, which only it can honour, else ``blocked``.
+        ``reference`` (the definition, slow), ``blocked`` (matrix products in float32), ``triton``
+        (fused kernels, on GPUs), or ``auto``: ``reference`` for float64, which only it can
+        honour, ``triton`` on a GPU where it can run, else ``blocked``.
 
     Returns
     -------
@@ -50,25 +72,58 @@ def mmd_loss(
     Raises
     ------
     ValueError
-        For shapes, dtypes or devices that do not fit together, a set without a cell, an unknown
-        ``impl``, or float64 input with ``impl="blocked"``.
+        For shapes, dtypes or devices that do not fit together, a set without a cell (on the CPU;
+        ``triton`` gives NaN for it on a GPU), an unknown ``kernel`` or ``impl``, a bandwidth that
+        is not positive, more chunks than genes, float64 input where the implementation computes
+        in float32, or ``impl="triton"`` where it cannot run.
     """
     _check_cells(x_BSG, y_BTG)
     _check_mask("x_mask_BS", x_mask_BS, x_BSG)
     _check_mask("y_mask_BT", y_mask_BT, y_BTG)
+    _check_options(kernel, bandwidth, num_gene_chunks, x_BSG.shape[2])
     is_float64 = torch.float64 in (x_BSG.dtype, y_BTG.dtype)
-    if impl == "auto":
-        impl = "reference" if is_float64 else "blocked"
-    if impl == "reference":
+    implementation = _IMPLS[_choose(impl, x_BSG.device, is_float64=is_float64)]
+    if implementation is mmd2_reference:
         dtype = torch.float64 if is_float64 else torch.float32
-        loss_B = energy_mmd2_reference(x_BSG.to(dtype), y_BTG.to(dtype), x_mask_BS, y_mask_BT)
-    elif impl == "blocked":
+        x_BSG, y_BTG = x_BSG.to(dtype), y_BTG.to(dtype)
+    losses = []
+    chunks = zip(
+        x_BSG.tensor_split(num_gene_chunks, 2), y_BTG.tensor_split(num_gene_chunks, 2), strict=True
+    )
+    for x_chunk, y_chunk in chunks:
+        gamma_B = None if kernel == "energy" else compute_gamma(y_chunk, y_mask_BT, bandwidth)
+        losses.append(
+            implementation(x_chunk, y_chunk, x_mask_BS, y_mask_BT, kernel=kernel, gamma_B=gamma_B)
+        )
+    return scale * (losses[0] if num_gene_chunks == 1 else torch.stack(losses).mean(0))
+
+
+def _choose(impl: str, device: torch.device, *, is_float64: bool) -> str:
+    if impl == "auto":
         if is_float64:
-            raise ValueError("impl 'blocked' computes in float32: use 'reference' for float64")
-        loss_B = energy_mmd2_blocked(x_BSG, y_BTG, x_mask_BS, y_mask_BT)
-    else:
-        raise ValueError(f"impl = {impl!r} is not one of 'auto', 'reference', 'blocked'")
-    return scale * loss_B
+            return "reference"
+        fused = device.type == "cuda" and why_unavailable(device) is None
+        return "triton" if fused else "blocked"
+    if impl not in _IMPLS:
+        allowed = ", ".join(repr(name) for name in get_args(MmdImpl))
+        raise ValueError(f"impl = {impl!r} is not one of {allowed}")
+    if is_float64 and impl != "reference":
+        raise ValueError(f"impl {impl!r} computes in float32: use 'reference' for float64")
+    return impl
+
+
+def _check_options(
+    kernel: str, bandwidth: float | None, num_gene_chunks: int, num_genes: int
+) -> None:
+    if kernel not in KERNELS:
+        allowed = ", ".join(repr(name) for name in KERNELS)
+        raise ValueError(f"kernel = {kernel!r} is not one of {allowed}")
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise ValueError(f"bandwidth = {bandwidth}: expected a positive number, or None")
+    if not 1 <= num_gene_chunks <= num_genes:
+        raise ValueError(
+            f"num_gene_chunks = {num_gene_chunks}: expected 1 to the number of genes, {num_genes}"
+        )
 
 
 def _check_cells(x_BSG: Tensor, y_BTG: Tensor) -> None:

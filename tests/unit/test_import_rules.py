@@ -22,7 +22,8 @@ ALLOWED_OURS = (
 ONLY_IN = {
     "ray": ("launcher",),
     "deepspeed": ("state.training.engine",),
-    "triton": ("state.mmd.fused_triton",),
+    "triton": ("state.mmd.fused_kernels", "state.mmd.fused_centre"),
+    "geomloss": ("state.mmd.sinkhorn",),
     "anndata": ("data_store",),
     "scanpy": ("data_store",),
     "zarr": ("data_store",),

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from benchmarks.harness import BenchmarkError
+from benchmarks.errors import BenchmarkError
 from benchmarks.process_tree import run_tree
 
 MIB = 2**20

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.harness import BenchmarkError
+from benchmarks.errors import BenchmarkError
 from benchmarks.process_tree import TreeCost
 from benchmarks.scaling_store import STAGES, ScalingTable, StageCost, fit_growth
 

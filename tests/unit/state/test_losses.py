@@ -7,7 +7,8 @@ import torch
 from data_store.schema import CellBatch
 from state.config import LossConfig, ModelConfig
 from state.losses import SetObjective
-from state.mmd.reference import energy_mmd2_reference
+from state.mmd.dispatch import mmd_loss
+from state.mmd.reference import mmd2_reference
 from state.transition.model import build_transition_model
 from state.transition.predict import predict_cells
 
@@ -51,11 +52,45 @@ def test_loss_is_the_mean_mmd_of_the_real_cells(impl):
         batch["control_BSG"], batch["mask_BS"], batch["pert_B"], batch["batch_BS"]
     )
     for b, mask in enumerate(batch["mask_BS"]):
-        expected = 0.5 * energy_mmd2_reference(
+        expected = 0.5 * mmd2_reference(
             predicted[b : b + 1, mask], batch["target_BSG"][b : b + 1, mask]
         )
         torch.testing.assert_close(result.mmd_B[b : b + 1], expected.detach())
     torch.testing.assert_close(result.loss, result.mmd_B.mean())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kernel": "rbf"},
+        {"kernel": "gaussian_mix"},
+        {"kernel": "rbf", "bandwidth": 0.3},
+        {"num_gene_chunks": 3},
+        {"scale": 2.0},
+    ],
+)
+def test_every_option_of_the_loss_reaches_it(change):
+    batch = tensors(cell_batch())
+    mask = batch["mask_BS"]
+    objective = build(**change)
+    predicted = objective.predict(batch["control_BSG"], mask, batch["pert_B"], batch["batch_BS"])
+    mmd_B = objective(**batch).mmd_B
+    expected_B = mmd_loss(predicted, batch["target_BSG"], mask, mask, **change)
+    torch.testing.assert_close(mmd_B, expected_B.detach())
+    assert not torch.allclose(mmd_B, build()(**batch).mmd_B)
+
+
+def test_the_sinkhorn_divergence_is_a_loss():
+    pytest.importorskip("geomloss", reason="geomloss is not installed")
+    batch = tensors(cell_batch())
+    objective = build(kind="sinkhorn", blur=0.5)
+    result = objective(**batch)
+    result.loss.backward()
+    assert any(p.grad.any() for p in objective.parameters())
+    assert not torch.allclose(result.mmd_B, build(kind="sinkhorn", blur=2.0)(**batch).mmd_B)
+    torch.testing.assert_close(
+        build(kind="sinkhorn", blur=0.5, scale=3.0)(**batch).mmd_B, 3 * result.mmd_B
+    )
 
 
 def test_weights_give_a_weighted_mean():

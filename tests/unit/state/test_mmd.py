@@ -1,7 +1,5 @@
 """The MMD against its definition in float64: values, every gradient, masks, and torch's tools."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -10,95 +8,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from state.mmd import blocked
-from state.mmd.blocked import energy_mmd2_blocked
+from state.mmd.blocked import mmd2_blocked
 from state.mmd.dispatch import mmd_loss
-from state.mmd.reference import energy_mmd2_reference
-
-B, S, T, G = 2, 41, 37, 271
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def typical(seed: int = 0) -> tuple[Tensor, Tensor]:
-    return normal(B, S, G, seed=seed) + 0.2, normal(B, T, G, seed=seed + 100)
-
-
-def duplicates(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Cells that occur several times in x, in y, and in both."""
-    x, y = typical(seed)
-    x, y = x[:, torch.arange(S) // 2], y[:, torch.arange(T) // 3].clone()
-    y[:, -5:] = x[:, :5]
-    return x, y
-
-
-def far_apart(seed: int = 0) -> tuple[Tensor, Tensor]:
-    x, y = typical(seed)
-    return x, y + 1000
-
-
-def nearly_converged(seed: int = 0) -> tuple[Tensor, Tensor]:
-    y = normal(B, T, G, seed=seed)
-    return y + 0.02 * normal(B, T, G, seed=seed + 100), y
-
-
-def shifted(seed: int = 0) -> tuple[Tensor, Tensor]:
-    x, y = typical(seed)
-    return x + 30, y + 30
-
-
-def one_gene(seed: int = 0) -> tuple[Tensor, Tensor]:
-    x, y = typical(seed)
-    return x[..., :1], y[..., :1]
-
-
-def several_tiles(seed: int = 0) -> tuple[Tensor, Tensor]:
-    num_cells = 2 * blocked.TILE_ROWS + 9
-    x = normal(1, num_cells, 20, seed=seed)
-    return x, normal(1, num_cells + 1, 20, seed=seed + 100) + 0.1
-
-
-CASES = {
-    case.__name__: case
-    for case in (
-        typical,
-        duplicates,
-        far_apart,
-        nearly_converged,
-        shifted,
-        one_gene,
-        several_tiles,
-    )
-}
-
-
-def plain_gram(x: Tensor, y: Tensor) -> Tensor:
-    """The usual float32 formulation: not centred, clamped at 0, differentiated by autograd."""
-
-    def mean_distance(u: Tensor, v: Tensor) -> Tensor:
-        squared = u.square().sum(-1)[:, :, None] + v.square().sum(-1)[:, None] - 2 * u @ v.mT
-        if u is v:
-            squared = squared * (1 - torch.eye(u.shape[1]))
-        apart = squared > 0
-        return squared.where(apart, 1).sqrt().where(apart, 0).mean((1, 2))
-
-    return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
-
-
-def loss_and_gradients(
-    function: Callable[..., Tensor], x: Tensor, y: Tensor, grad: Tensor, *masks: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-    loss = function(x, y, *masks)
-    return loss.detach(), *torch.autograd.grad(loss, (x, y), grad.to(loss.dtype))
-
-
-def relative_errors(results: tuple[Tensor, ...], truths: tuple[Tensor, ...]) -> list[float]:
-    return [
-        float((result.double() - truth).norm() / truth.norm())
-        for result, truth in zip(results, truths, strict=True)
-    ]
+from state.mmd.kernel_functions import KERNELS, compute_gamma
+from state.mmd.reference import mmd2_reference
+from tests.support.mmd_cases import (
+    CASES,
+    B,
+    G,
+    S,
+    T,
+    loss_and_gradients,
+    normal,
+    plain_gram,
+    relative_errors,
+    shifted,
+    typical,
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,8 +34,8 @@ def test_blocked_is_at_least_as_exact_as_a_plain_gram(case):
     for seed in range(num_seeds):
         x, y = CASES[case](seed)
         grad = torch.tensor([0.7, -3.0])[: len(x)]
-        truth = loss_and_gradients(energy_mmd2_reference, x.double(), y.double(), grad)
-        for name, function in (("ours", energy_mmd2_blocked), ("plain", plain_gram)):
+        truth = loss_and_gradients(mmd2_reference, x.double(), y.double(), grad)
+        for name, function in (("ours", mmd2_blocked), ("plain", plain_gram)):
             errors = relative_errors(loss_and_gradients(function, x, y, grad), truth)
             squared_errors[name] += torch.tensor(errors).square() / num_seeds
     ours, plain = squared_errors["ours"].sqrt(), squared_errors["plain"].sqrt()
@@ -121,8 +47,8 @@ def test_blocked_is_at_least_as_exact_as_a_plain_gram(case):
 def test_blocked_is_exact_to_rounding_wherever_the_sets_lie(case):
     x, y = CASES[case]()
     grad = torch.ones(len(x))
-    truth = loss_and_gradients(energy_mmd2_reference, x.double(), y.double(), grad)
-    ours = relative_errors(loss_and_gradients(energy_mmd2_blocked, x, y, grad), truth)
+    truth = loss_and_gradients(mmd2_reference, x.double(), y.double(), grad)
+    ours = relative_errors(loss_and_gradients(mmd2_blocked, x, y, grad), truth)
     assert max(ours) < 2e-6, ours
 
 
@@ -143,7 +69,7 @@ def test_masked_slots_contribute_nothing_whatever_they_hold(impl):
     assert not grad_y[~y_mask].any()
     for b in range(B):
         real_x, real_y = x[b, x_mask[b]][None].double(), y[b, y_mask[b]][None].double()
-        truth = loss_and_gradients(energy_mmd2_reference, real_x, real_y, grad[b : b + 1])
+        truth = loss_and_gradients(mmd2_reference, real_x, real_y, grad[b : b + 1])
         ours = (loss[b : b + 1], grad_x[b, x_mask[b]][None], grad_y[b, y_mask[b]][None])
         assert max(relative_errors(ours, truth)) < 5e-6
 
@@ -185,21 +111,21 @@ def test_reference_agrees_with_a_sum_over_pairs():
         return float(np.mean([np.linalg.norm(a - b) for a in u[0].numpy() for b in v[0].numpy()]))
 
     expected = 2 * mean_norm(x, y) - mean_norm(x, x) - mean_norm(y, y)
-    assert energy_mmd2_reference(x, y).item() == pytest.approx(expected, rel=1e-12)
+    assert mmd2_reference(x, y).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_reference_passes_gradcheck_in_float64():
     x = normal(2, 4, 3).double().requires_grad_()
     y = normal(2, 3, 3, seed=1).double().requires_grad_()
     mask = torch.tensor([[True, True, False, True], [True, True, True, True]])
-    assert torch.autograd.gradcheck(lambda x, y: energy_mmd2_reference(x, y, mask), (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: mmd2_reference(x, y, mask), (x, y))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_cells_are_computed_in_float32(dtype):
     x, y = (cells.to(dtype) for cells in shifted())
     grad = torch.tensor([0.7, -3.0])
-    truth = loss_and_gradients(energy_mmd2_reference, x.double(), y.double(), grad)
+    truth = loss_and_gradients(mmd2_reference, x.double(), y.double(), grad)
     loss, grad_x, grad_y = loss_and_gradients(mmd_loss, x, y, grad)
     assert (loss.dtype, grad_x.dtype, grad_y.dtype) == (torch.float32, dtype, dtype)
     errors = relative_errors((loss, grad_x, grad_y), truth)
@@ -217,21 +143,24 @@ def test_half_precision_prediction_against_float32_truth():
 def test_autocast_leaves_the_loss_in_float32():
     x, y = shifted()
     grad = torch.ones(B)
-    expected = loss_and_gradients(energy_mmd2_blocked, x, y, grad)
+    expected = loss_and_gradients(mmd2_blocked, x, y, grad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = loss_and_gradients(energy_mmd2_blocked, x, y, grad)
+        result = loss_and_gradients(mmd2_blocked, x, y, grad)
     for ours, theirs in zip(result, expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_opcheck(kernel):
     x, y = normal(2, 6, 5).requires_grad_(), normal(2, 4, 5, seed=1).requires_grad_()
+    gamma = torch.tensor([0.1, 0.2])
     mask = torch.tensor([[True] * 6, [True, False] * 3])
-    torch.library.opcheck(blocked._energy_mmd2, (x, y, None, None))
-    torch.library.opcheck(blocked._energy_mmd2, (x, y, mask, mask[:, :4]))
-    _, a = blocked._energy_mmd2(x.detach(), y.detach(), mask, None)
+    torch.library.opcheck(blocked._mmd2, (x, y, gamma, None, None, kernel, True))
+    torch.library.opcheck(blocked._mmd2, (x, y, gamma, mask, mask[:, :4], kernel, True))
+    torch.library.opcheck(blocked._mmd2, (x.detach(), y.detach(), gamma, None, None, kernel, False))
+    _, a = blocked._mmd2(x.detach(), y.detach(), gamma, mask, None, kernel, True)
     torch.library.opcheck(
-        blocked._energy_mmd2_grad,
+        blocked._mmd2_grad,
         (torch.ones(2), a, x.detach(), y.detach(), mask, None),
     )
 
@@ -249,6 +178,65 @@ def test_compiles_as_one_graph():
     result = loss_and_gradients(compiled, x, y, torch.tensor(1.0), mask)
     for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "gaussian_mix"])
+@pytest.mark.parametrize("case", ["typical", "duplicates", "shifted", "several_tiles"])
+def test_gaussian_kernels_of_blocked_against_their_definition(case, kernel):
+    x, y = CASES[case]()
+    grad, gamma = torch.tensor([0.7, -3.0])[: len(x)], compute_gamma(y, None, None)
+
+    def definition(x: Tensor, y: Tensor) -> Tensor:
+        return mmd2_reference(x, y, kernel=kernel, gamma_B=gamma)
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return mmd2_blocked(x, y, kernel=kernel, gamma_B=gamma)
+
+    truth = loss_and_gradients(definition, x.double(), y.double(), grad)
+    assert max(relative_errors(loss_and_gradients(ours, x, y, grad), truth)) < 5e-6
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "gaussian_mix"])
+def test_the_definition_of_the_gaussian_kernels(kernel):
+    x, y = normal(1, 4, 3).double(), normal(1, 3, 3, seed=1).double()
+    widths = (
+        [1.5] if kernel == "rbf" else [1.5 * factor for factor in (2, 2**0.5, 1, 0.5**0.5, 0.5)]
+    )
+
+    def mean_kernel(u: Tensor, v: Tensor) -> float:
+        squared = np.square(u[0].numpy()[:, None] - v[0].numpy()[None]).sum(-1)
+        return float(np.mean([np.exp(-squared / (2 * width**2)) for width in widths]))
+
+    expected = mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+    loss = mmd_loss(x, y, kernel=kernel, bandwidth=1.5)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_bandwidth_is_the_mean_squared_distance_of_the_true_cells():
+    y = normal(2, 5, 3)
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    y[1, 2] = torch.nan
+    for b in range(2):
+        cells = y[b, mask[b]].double()
+        squared = torch.cdist(cells, cells).square().mean()
+        assert compute_gamma(y, mask, None)[b].item() == pytest.approx(1 / (2 * squared.item()))
+    assert compute_gamma(torch.ones(1, 4, 3), None, None).item() == 0.5
+
+
+def test_gene_chunks_average_the_losses_of_their_genes():
+    x, y = typical()
+    expected = (mmd_loss(x[..., :136], y[..., :136]) + mmd_loss(x[..., 136:], y[..., 136:])) / 2
+    torch.testing.assert_close(mmd_loss(x, y, num_gene_chunks=2), expected)
+
+
+def test_without_a_gradient_no_weights_are_kept():
+    x, y = typical()
+    loss, weights = blocked._mmd2(x, y, None, None, None, "energy", False)
+    assert weights.numel() == 0
+    kept, _ = blocked._mmd2(x, y, None, None, None, "energy", True)
+    assert torch.equal(loss, kept)
+    with torch.no_grad():
+        assert torch.equal(mmd_loss(x.requires_grad_(), y), loss)
 
 
 def test_truth_without_gradient_costs_no_second_pass(monkeypatch):
@@ -274,7 +262,7 @@ def test_scale_and_auto():
     torch.testing.assert_close(mmd_loss(x, y, scale=0.5), 0.5 * mmd_loss(x, y))
     assert mmd_loss(x, y).dtype == torch.float32
     exact = mmd_loss(x.double(), y)
-    assert torch.equal(exact, energy_mmd2_reference(x.double(), y.double()))
+    assert torch.equal(exact, mmd2_reference(x.double(), y.double()))
 
 
 @settings(max_examples=30, deadline=None)
@@ -314,7 +302,12 @@ def test_a_set_without_cells_is_refused(impl):
         ({"y_BTG": torch.zeros(2, 3, 4, device="meta")}, "x_BSG is on cpu and y_BTG on meta"),
         ({"x_mask_BS": torch.ones(2, 3)}, "x_mask_BS is torch.float32"),
         ({"y_mask_BT": torch.ones(2, 2, dtype=torch.bool)}, "y_mask_BT is torch.bool"),
-        ({"impl": "fused"}, "'fused' is not one of"),
+        ({"impl": "fused"}, "'fused' is not one of 'auto', 'reference', 'blocked', 'triton'"),
+        ({"impl": "triton"}, "impl 'triton' cannot run: "),
+        ({"kernel": "laplace"}, "kernel = 'laplace' is not one of 'energy', 'rbf', 'gaussian_mix'"),
+        ({"kernel": "rbf", "bandwidth": 0.0}, "bandwidth = 0.0: expected a positive number"),
+        ({"num_gene_chunks": 5}, "num_gene_chunks = 5: expected 1 to the number of genes, 4"),
+        ({"num_gene_chunks": 0}, "num_gene_chunks = 0: expected 1 to"),
         ({"x_BSG": torch.zeros(2, 3, 4).double(), "impl": "blocked"}, "use 'reference'"),
     ],
 )
