@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from data_store.schema import CellBatch
-from state.config import LossConfig, ModelConfig
+from state.config import LossConfig
 from state.losses import SetObjective
 from state.mmd.reference import energy_mmd2_reference
+from state.model_config import ModelConfig
 from state.transition.model import build_transition_model
 from state.transition.predict import predict_cells
 
@@ -54,15 +55,15 @@ def test_loss_is_the_mean_mmd_of_the_real_cells(impl):
         expected = 0.5 * energy_mmd2_reference(
             predicted[b : b + 1, mask], batch["target_BSG"][b : b + 1, mask]
         )
-        torch.testing.assert_close(result.mmd_B[b : b + 1], expected.detach())
-    torch.testing.assert_close(result.loss, result.mmd_B.mean())
+        torch.testing.assert_close(result.distance_B[b : b + 1], expected.detach())
+    torch.testing.assert_close(result.loss, result.distance_B.mean())
 
 
 def test_weights_give_a_weighted_mean():
     objective, batch = build(), tensors(cell_batch())
     weight = torch.tensor([1.0, 0.0, 3.0])
     result = objective(**batch, weight_B=weight)
-    expected = (result.mmd_B[0] + 3 * result.mmd_B[2]) / 4
+    expected = (result.distance_B[0] + 3 * result.distance_B[2]) / 4
     torch.testing.assert_close(result.loss, expected)
     nothing = objective(**batch, weight_B=torch.zeros(3)).loss
     nothing.backward()
