@@ -13,6 +13,7 @@ from pathlib import Path
 
 import reference_weights as ours
 import torch
+
 from state.tx.models.state_transition import StateTransitionPerturbationModel
 
 SETTINGS = {
