@@ -126,15 +126,30 @@ def _our_name(name: str, model: StateTransition) -> str:
     return f"{path}.{place}.{parameter}"
 
 
+class _Inert:
+    """Stands for an object of the reference's settings: takes anything and does nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        del arguments
+
+    def __setstate__(self, state: Any) -> None:
+        del state
+
+
 def _load(file: Path) -> Any:
+    """Read tensors and plain values; no code that a file names is ever imported or run.
+
+    A ``.ckpt`` of the reference also pickles objects among its settings, its loss module for one.
+    """
     try:
-        # The reference's .ckpt also holds its settings: tensors and plain values are let through.
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        with torch.serialization.safe_globals([(_Inert, name) for name in named]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
         raise ConfigError(
-            f"model.init_from = {file} holds more than tensors and plain values, which is not "
-            f"loaded because it could run code ({str(error).splitlines()[0][:200]}). Save its "
-            "state_dict alone: torch.save(checkpoint['state_dict'], 'weights.pt')"
+            f"model.init_from = {file} is not a file of tensors, and anything else is not loaded "
+            "because it could run code. Save the state_dict alone: "
+            "torch.save(checkpoint['state_dict'], 'weights.pt')"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

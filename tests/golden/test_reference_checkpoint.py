@@ -3,7 +3,9 @@
 ``reference_outputs.json`` was written once by arc-state 0.11.1 (``make_reference_outputs.py``).
 """
 
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +107,35 @@ def test_what_does_not_fit_is_left_and_named(tmp_path: Path):
     assert torch.equal(model.batch_encoder.weight, before)
 
 
-def test_weights_that_run_code_are_not_loaded(tmp_path: Path):
-    torch.save({"state_dict": {"a": torch.ones(1)}, "path": Path("x")}, tmp_path / "bad.ckpt")
-    with pytest.raises(ConfigError, match="could run code"):
-        initialize_from(build("genes_hvg"), tmp_path / "bad.ckpt")
+class RunsCode:
+    def __init__(self, function, argument: str) -> None:
+        self.call = (function, (argument,))
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [eval, os.system, os.mkdir])
+def test_code_in_a_checkpoint_is_not_run(function, tmp_path: Path):
+    trap = tmp_path / "trap"
+    argument = {
+        eval: f"__import__('os').mkdir({str(trap)!r})",
+        os.system: f"mkdir {trap}",
+        os.mkdir: str(trap),
+    }[function]
+    path = write_checkpoint("genes_hvg", tmp_path)
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["loss_fn"] = RunsCode(function, argument)
+    torch.save(content, path)
+    with contextlib.suppress(ConfigError):
+        initialize_from(build("genes_hvg"), path)
+    assert not trap.exists()
+
+
+def test_objects_among_the_settings_do_not_stand_in_the_way(tmp_path: Path):
+    """As in a real .ckpt, whose settings hold the reference's loss module."""
+    path = write_checkpoint("genes_hvg", tmp_path)
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["loss_fn"] = torch.nn.MSELoss()
+    torch.save(content, path)
+    assert initialize_from(build("genes_hvg"), path).fresh == {}
