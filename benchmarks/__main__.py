@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import differential, mmd, preprocess
-from benchmarks.harness import REPO_ROOT, BenchmarkError, Comparison
+from benchmarks import differential, mmd, preprocess, step
+from benchmarks.harness import REPO_ROOT, BenchmarkError, BenchmarkSkipped, Comparison
 from benchmarks.record import write_results
 from benchmarks.settings import Settings
 
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Comparison]]] = {
     "preprocess": preprocess.run,
     "mmd": mmd.run,
     "differential": differential.run,
+    "step": step.run,
 }
 
 
@@ -25,18 +26,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print and record; return the exit status, 1 where there was nothing to compare."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parse(given)
-    settings = Settings(cells=options.cells, genes=options.genes, rounds=options.rounds)
+    settings = Settings(
+        cells=options.cells,
+        genes=options.genes,
+        rounds=options.rounds,
+        arc_env=options.arc_env.absolute(),
+    )
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
     for name in options.names or BENCHMARKS:
         try:
             comparisons = BENCHMARKS[name](settings)
+        except BenchmarkSkipped as reason:
+            print(f"{name}: {reason}", file=sys.stderr)
+            continue
         except BenchmarkError as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1
             continue
         path = options.results / f"{name}.json"
-        write_results(path, comparisons, command, asdict(settings))
+        write_results(
+            path, comparisons, command, {**asdict(settings), "arc_env": str(settings.arc_env)}
+        )
         print("\n\n".join(comparison.table() for comparison in comparisons))
         print(f"  written to {path}\n", flush=True)
     return status
@@ -55,6 +66,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cells", type=_positive, default=10_000, help="cells to preprocess")
     parser.add_argument("--genes", type=_positive, default=4_000, help="genes to preprocess")
     parser.add_argument("--rounds", type=_positive, default=3, help="measured rounds a comparison")
+    parser.add_argument(
+        "--arc-env",
+        type=Path,
+        default=REPO_ROOT / ".venv-arc-state",
+        help="virtual environment with arc-state, made if it is not there",
+    )
     parser.add_argument(
         "--results",
         type=Path,

@@ -47,6 +47,10 @@ class BenchmarkError(RuntimeError):
     """A side that failed, or sides that do not compute the same: there is nothing to compare."""
 
 
+class BenchmarkSkipped(BenchmarkError):
+    """What a benchmark needs is not on this machine."""
+
+
 @dataclass(frozen=True)
 class Side:
     """One way to do the work."""
@@ -59,6 +63,9 @@ class Side:
     """Its keyword arguments, as JSON holds them."""
     calls: int = 1
     """Timed calls a process; times are per call."""
+    python: Path | None = None
+    """Interpreter of another environment, in which ``benchmarks`` alone is importable of what is
+    here; None: this one."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,15 @@ def run_side(side: Side) -> tuple[Measurement, Arrays]:
         target = f"{side.prepare.__module__}:{side.prepare.__qualname__}"
         arguments = [target, json.dumps(dict(side.arguments)), str(side.calls), str(out)]
         log = out / "log.txt"
-        status, process_cpu_s = _run_and_wait(["benchmarks.child", *arguments], cwd, log)
+        importable = REPO_ROOT
+        if side.python is not None:
+            # A package of ours may bear the name of one that the environment holds.
+            importable = Path(name) / "importable"
+            importable.mkdir()
+            (importable / "benchmarks").symlink_to(REPO_ROOT / "benchmarks")
+        python = str(side.python or sys.executable)
+        command = [python, "-m", "benchmarks.child", *arguments]
+        status, process_cpu_s = _run_and_wait(command, cwd, log, importable)
         if status != 0:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             raise BenchmarkError(
@@ -210,13 +225,16 @@ def run_side(side: Side) -> tuple[Measurement, Arrays]:
             return Measurement(process_cpu_s=process_cpu_s, **times), dict(arrays)
 
 
-def _run_and_wait(module: Sequence[str], cwd: Path, log: Path) -> tuple[int, float]:
-    """Run ``python -m module``; return its exit status and its user and system seconds."""
-    path = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
+def _run_and_wait(
+    command: Sequence[str], cwd: Path, log: Path, importable: Path
+) -> tuple[int, float]:
+    """Run a command; return its exit status and its user and system seconds."""
+    inherited = os.environ.get("PYTHONPATH") if importable == REPO_ROOT else None
+    path = os.pathsep.join(filter(None, [str(importable), inherited]))
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", *module],
+            command,
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -15,3 +16,5 @@ class Settings:
     """Its genes."""
     rounds: int
     """Measured rounds of every comparison."""
+    arc_env: Path
+    """Virtual environment with arc-state."""
