@@ -45,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = 1
             continue
         path = options.results / f"{name}.json"
-        write_results(
-            path, comparisons, command, {**asdict(settings), "arc_env": str(settings.arc_env)}
-        )
+        used = {**asdict(settings), "arc_env": str(settings.arc_env)}
+        write_results(path, comparisons, command, used)
         print("\n\n".join(comparison.table() for comparison in comparisons))
         print(f"  written to {path}\n", flush=True)
     return status

@@ -7,6 +7,7 @@ checkpoint of the reference, and their losses must agree before a ratio is given
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -63,9 +64,8 @@ def compare_case(
     # The reference's set length is that of its preset; ours has no padding that costs anything.
     weights = folder / f"{preset}.ckpt"
     if not weights.exists():
-        run_side(
-            Side("weights", prepare_weights, {"sizes": sizes, "path": str(weights)}, 1, python)
-        )
+        arguments = {"sizes": sizes, "path": str(weights)}
+        run_side(Side("weights", prepare_weights, arguments, python=python))
     shared = {
         "sizes": sizes,
         "weights": str(weights),
@@ -115,12 +115,12 @@ def check_losses(results: Mapping[str, Arrays], num_cells: int) -> None:
 def prepare_ours(
     sizes: dict[str, int], weights: str, num_sets: int, num_cells: int, precision: str
 ) -> Task:
-    """Time one step through the engine that trains, DeepSpeed at ZeRO stage 1 included."""
+    """Time one step through the engine that trains: DeepSpeed at ZeRO stage 0, as alone."""
     import torch
+    import torch.distributed as dist
 
     from launcher.deepspeed_config import complete_deepspeed_config
-    from launcher.train_job import single_process_group
-    from state.config import ClusterConfig, LossConfig, TrainConfig
+    from state.config import LossConfig, TrainConfig
     from state.losses import SetObjective
     from state.model_config import ModelConfig
     from state.training.engine import Engine
@@ -136,18 +136,18 @@ def prepare_ours(
     report = initialize_from(model, Path(weights))
     if report.fresh:
         raise BenchmarkError(f"weights without a counterpart in the reference: {report.fresh}")
-    cells = {
-        name: torch.from_numpy(values) for name, values in draw_cells(num_sets, num_cells).items()
-    }
+    drawn = draw_cells(num_sets, num_cells)
+    cells = {name: torch.from_numpy(values) for name, values in drawn.items()}
     objective = SetObjective(
         model, cells["pert_BP"], LossConfig(scale=0.5), use_bf16=precision == "bf16"
     )
     settings = TrainConfig(micro_batch_size=num_sets)
     deepspeed_config = complete_deepspeed_config(
-        {"zero_optimization": {"stage": 1}}, settings, world_size=1
+        {"zero_optimization": {"stage": 0}}, settings, world_size=1
     )
-    group = single_process_group(ClusterConfig())
-    group.__enter__()
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    meeting_place = (Path.cwd() / "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=meeting_place, rank=0, world_size=1)
     engine = Engine(objective, settings, deepspeed_config, torch.device("cpu"))
     # A set of 100 cells has 100 slots or 128, of which 28 are empty: the loader's choice, 128.
     slots = sizes["cell_set_len"]

@@ -131,10 +131,21 @@ def only_writer(folder: RunFolder, timeout_s: float) -> Iterator[None]:
 
 
 def uses_bf16(settings: TrainConfig, device: torch.device) -> bool:
-    """Decide the precision; ``auto`` is bf16 on GPUs that have it and fp32 elsewhere."""
-    if settings.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return settings.precision == "bf16"
+    """Decide the precision; ``auto`` is bf16 where the hardware multiplies in it."""
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_multiplies_bf16()
+
+
+def cpu_multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tell whether the CPU has AVX-512 BF16 or AMX; without them bf16 is slower than fp32."""
+    try:
+        flags = set(cpuinfo.read_text(encoding="ascii", errors="replace").split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 @contextmanager

@@ -217,7 +217,7 @@ class TrainConfig(Section):
     """Global gradient norm above which gradients are scaled down."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the matrix products; weights, optimiser and loss are fp32 always. auto: bf16
-    on GPUs that have it, else fp32."""
+    on GPUs and CPUs (AVX-512 BF16, AMX) that have it, else fp32."""
     freeze: tuple[ModelPart, ...] = ()
     """Parts of the model that stay as they are (see ``model.init_from``)."""
     activation_checkpointing: bool = False
