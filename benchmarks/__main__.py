@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import differential, mmd, preprocess, step
+from benchmarks import differential, mmd, preprocess, scaling, step
 from benchmarks.harness import REPO_ROOT, BenchmarkError, BenchmarkSkipped, Comparison
 from benchmarks.record import write_results
 from benchmarks.settings import Settings
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Comparison]]] = {
     "mmd": mmd.run,
     "differential": differential.run,
     "step": step.run,
+    "scaling": scaling.run,
 }
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from state.config import LossConfig
 from state.mmd.dispatch import mmd_loss
 from state.transition.model import SetPrediction, StateTransition
-from state.transition.packing import SetPacking
+from state.transition.packing import SetPacking, count_used_slots
 
 # The confidence token is asked for ten times the loss of its set: nearer to 1 than the loss.
 CONFIDENCE_SCALE = 10.0
@@ -111,6 +111,11 @@ class SetObjective(nn.Module):
         ValueError
             If the model has a decoder and there is no ``target_BSJ`` for it.
         """
+        # Slots that are empty in every set are not looked at; sets of one size then need no mask.
+        used = slice(count_used_slots(mask_BS))
+        control_BSG, target_BSG = control_BSG[:, used], target_BSG[:, used]
+        mask_BS, batch_BS = mask_BS[:, used], batch_BS[:, used]
+        target_BSJ = None if target_BSJ is None else target_BSJ[:, used]
         with torch.autocast(control_BSG.device.type, torch.bfloat16, enabled=self.use_bf16):
             prediction: SetPrediction = self.model(
                 control_BSG, self.features_PD[pert_B], batch_BS, mask_BS

@@ -70,3 +70,9 @@ class SetPacking:
         """Average a number of each real cell over its set, [N] -> [B]."""
         num_cells_B = self.num_cells_B.to(self._device, non_blocking=True)
         return self.unpack(cells_N).sum(1) / num_cells_B
+
+
+def count_used_slots(mask_BS: Tensor) -> int:
+    """Return the number of slots up to the last one that is filled in any set, at least 1."""
+    filled = mask_BS.cpu().any(0).nonzero()
+    return int(filled[-1]) + 1 if len(filled) else 1

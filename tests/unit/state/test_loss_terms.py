@@ -151,3 +151,16 @@ def test_a_few_steps_lower_the_loss(model: dict, loss: dict):
         optimizer.step()
         losses.append(result.loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("use_bf16", [False, True])
+def test_slots_that_no_set_uses_cost_nothing_and_change_nothing(use_bf16: bool):
+    objective, given = build(use_bf16=use_bf16), batch()
+    given["mask_BS"][0, 4:] = False
+    shapes = []
+    objective.model.register_forward_pre_hook(
+        lambda _, args: shapes.append(tuple(args[0].shape[:2]))
+    )
+    trimmed = {n: v[:, :4] if v.ndim > 1 else v for n, v in given.items()}
+    assert torch.equal(objective(**given).loss, objective(**trimmed).loss)
+    assert shapes == [(2, 4), (2, 4)]
