@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from benchmarks import differential, loader, mmd, preprocess, scaling_store
+from benchmarks import differential, loader, mmd, preprocess, scaling, scaling_store, step
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import REPO_ROOT
 from benchmarks.record import Finding, write_results
@@ -23,6 +23,8 @@ BENCHMARKS: Mapping[str, Callable[[Settings], Sequence[Finding]]] = {
     "mmd": mmd.run,
     "differential": differential.run,
     "atlas": scaling_store.run,
+    "step": step.run,
+    "scaling": scaling.run,
 }
 # Takes tens of minutes and gigabytes of disk: only where it is named.
 ASKED_FOR = ("atlas",)
@@ -50,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BenchmarkError as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1
+            continue
+        if not findings:
+            print(f"{name}: nothing to measure without peers", file=sys.stderr)
             continue
         path = options.results / f"{name}.json"
         write_results(path, findings, command, asdict(settings))

@@ -45,7 +45,7 @@ def build_batch_source(
     train_sets, val_sets = build_sets(*train_rows), build_sets(*val_rows)
     reader = open_rows(
         store,
-        config.model.output_space,
+        config.model.gene_space,
         # Every set draws controls, so they are read most; validation reads its own again and again.
         np.concatenate([train_rows[1], *reversed(val_rows), train_rows[0]]),
         resident_gib=config.data.resident_gib,

@@ -76,20 +76,13 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 
 def complete_deepspeed_config(
-    base: dict[str, Any], settings: TrainConfig, *, world_size: int, use_bf16: bool
+    base: dict[str, Any], settings: TrainConfig, *, world_size: int
 ) -> dict[str, Any]:
     """Fill in the numbers that must agree between the recipe, the data and DeepSpeed.
 
-    Raises
-    ------
-    LaunchError
-        For bf16 at ZeRO stage 0, where DeepSpeed gives no access to the fp32 weights.
+    DeepSpeed's own bf16 stays off: it would round the weights, and at ZeRO stage 0 keep no others.
+    The objective computes in bf16 by itself (``SetObjective.use_bf16``).
     """
-    if use_bf16 and base["zero_optimization"]["stage"] == 0:
-        raise LaunchError(
-            "bf16 at ZeRO stage 0 would save weights rounded to bf16. Set train.deepspeed to "
-            "deepspeed/zero1.json (or 2 or 3), or train.precision=fp32"
-        )
     return {
         "steps_per_print": 10**9,
         **base,
@@ -97,7 +90,6 @@ def complete_deepspeed_config(
         "gradient_accumulation_steps": settings.grad_accum_steps,
         "train_batch_size": settings.micro_batch_size * settings.grad_accum_steps * world_size,
         "gradient_clipping": settings.grad_clip,
-        "bf16": {"enabled": use_bf16},
     }
 
 

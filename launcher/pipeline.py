@@ -19,6 +19,7 @@ from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
 from launcher.evaluate_job import evaluate_run
+from launcher.objective import refuse_embedding
 from launcher.predict_job import STATE, TRUTH, predict_run
 from launcher.preprocess_job import (
     describe_simulation,
@@ -36,11 +37,16 @@ from launcher.train_job import train_here, train_with_ray
 from launcher.train_worker import TrainTask
 from state.config import RunConfig
 from state.training.checkpoint import Checkpoint, CheckpointFolder, find_damaged_files
+from state.transition.initialize import find_weights
 
 StageName = Literal[
     "simulate", "preprocess", "stats", "deltas", "split", "train", "predict", "evaluate"
 ]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
+# Settings of [train] that change nothing about the weights.
+_NOT_IN_THE_WEIGHTS = {
+    *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps", "peak_tflops"),
+}
 
 
 class Pipeline:
@@ -74,6 +80,7 @@ class Pipeline:
             For anything the user can mend; finished stages stay finished.
         """
         self._refuse_missing_inputs()
+        refuse_embedding(self.config)
         deepspeed = read_deepspeed_json(self.config.train.deepspeed)
         with self.folder.lock():
             self._refuse_too_few_resources(until, overwrite=overwrite)
@@ -91,6 +98,7 @@ class Pipeline:
             "features.path": None if made_here else config.features.path,
             "split.file": config.split.file,
             "train.deepspeed": config.train.deepspeed,
+            "model.init_from": config.model.init_from,
         }
         problems = [
             f"{key} = {str(path)!r} does not exist"
@@ -307,7 +315,7 @@ class Pipeline:
     @property
     def _run_fingerprint(self) -> str:
         """Digest of all that the weights depend on."""
-        config = self.config
+        config, start = self.config, self.config.model.init_from
         return fingerprint(
             "train",
             self.store.digest,
@@ -318,7 +326,8 @@ class Pipeline:
             config.data.control_matching,
             config.model.model_dump(mode="json"),
             config.loss.model_dump(mode="json"),
-            config.train.model_dump(mode="json", exclude={"log_every_steps", "deepspeed"}),
+            config.train.model_dump(mode="json", exclude=_NOT_IN_THE_WEIGHTS),
+            None if start is None else sha256_of_file(find_weights(start)),
             config.seed,
         )
 

@@ -142,7 +142,7 @@ def write_prediction(task: PredictTask) -> float:
         held_out=(held_out := find_held_out(config, store, splits, task.split)),
         reader=open_rows(
             store,
-            config.model.output_space,
+            config.model.gene_space,
             (rows := np.concatenate([held_out.target_rows, held_out.control_rows])),
             resident_gib=config.data.resident_gib,
         ),
@@ -156,7 +156,7 @@ def write_prediction(task: PredictTask) -> float:
         predict_with_state(context, task.weights, values_NG[:num_targets])
     else:
         predict_with_baseline(context, task.model, values_NG[:num_targets])
-    genes = store.output_genes(config.model.output_space)
+    genes = store.output_genes(config.model.gene_space)
     write_predictions(task.out, values_NG, genes, store.read_obs(rows))
     return time.perf_counter() - started_s
 
@@ -198,7 +198,7 @@ def predict_with_baseline(context: PredictContext, name: str, out_NG: FloatMatri
     config, store, held_out = context.config, context.store, context.held_out
     (baseline,) = (b for b in build_baselines(config.evaluate) if b.name == name)
     features_PD = build_features(config, store, context.splits).values.numpy()
-    space = config.model.output_space
+    space = config.model.gene_space
     train, val = (
         build_profiles(store, *split_rows(store, context.splits, split), space, features_PD)
         for split in ("train", "val")

@@ -23,7 +23,10 @@ _MAY_CHANGE = (
     "data.rows_per_block",
     "evaluate.",
     "statistics.",
+    "train.activation_checkpointing",
     "train.log_every_steps",
+    "train.peak_tflops",
+    "train.profile_steps",
 )
 
 
@@ -32,6 +35,7 @@ _LOCK_NAME = ".lock"
 # What a run makes in its folder: all that --overwrite may delete.
 _OWN_NAMES = (
     *("config.toml", "deepspeed.json", "features.json", "metrics.jsonl", "splits.toml"),
+    *("init_from.json", "profile"),
     *("checkpoints", "evaluation", "logs", "predictions", "stages", "statistics"),
     *("store", "tb"),
     *("evaluation.partial", "predictions.partial", "store.partial"),
@@ -56,6 +60,8 @@ class RunFolder:
         self.statistics = path / "statistics"
         self.splits = path / "splits.toml"
         self.features = path / "features.json"
+        self.init_report = path / "init_from.json"
+        self.profile = path / "profile"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tb"
         self.metrics = path / "metrics.jsonl"

@@ -12,13 +12,13 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data_store.files import full_disk_is_a_user_error
+from data_store.files import full_disk_is_a_user_error, write_json_atomically
 from data_store.splits import read_splits
 from data_store.store import Store
 from launcher.batches import build_batch_source
@@ -26,12 +26,19 @@ from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.errors import LaunchError
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
-from state.config import TrainConfig
+from state.config import RunConfig, TrainConfig
 from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.engine import Engine
+from state.training.flops import FlopCounter
 from state.training.loop import train
 from state.training.monitor import Monitor
+from state.training.prepare import prepare_model
+from state.training.profiling import StepProfiler
+from state.transition.initialize import initialize_from
+from state.transition.model import StateTransition
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,6 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
         json.loads(folder.deepspeed.read_text(encoding="utf-8")),
         settings,
         world_size=world_size,
-        use_bf16=uses_bf16(settings, device),
     )
 
     log_path = folder.logs / f"train_rank{rank}.log"
@@ -69,9 +75,16 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
         store = Store.open(task.store)
         splits = read_splits(folder.splits, store)
         objective = build_objective(config, store, splits).to(device)
+        objective.use_bf16 = uses_bf16(settings, device)
+        initialize(objective.model, config, folder if rank == 0 else None)
+        prepare_model(objective.model, settings)
+        flops = FlopCounter(objective.model)
         engine = Engine(objective, settings, deepspeed_config, device)
+        profiler = StepProfiler(
+            folder.profile if rank == 0 else None, settings.profile_steps, device
+        )
         try:
-            with Monitor(folder.path if rank == 0 else None) as monitor:
+            with Monitor(folder.path if rank == 0 else None) as monitor, profiler:
                 return train(
                     engine,
                     build_batch_source(config, settings, store, splits, rank, world_size),
@@ -79,9 +92,21 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
                     monitor,
                     settings,
                     config.seed,
+                    profiler,
+                    flops,
                 )
         finally:
             engine.close()
+
+
+def initialize(model: StateTransition, config: RunConfig, folder: RunFolder | None) -> None:
+    """Fill the model from ``model.init_from``, if there is one, and write down what was taken."""
+    if config.model.init_from is None:
+        return
+    report = initialize_from(model, config.model.init_from)
+    if folder is not None:
+        logger.info(report.summary())
+        write_json_atomically(folder.init_report, asdict(report))
 
 
 @contextmanager
@@ -106,10 +131,21 @@ def only_writer(folder: RunFolder, timeout_s: float) -> Iterator[None]:
 
 
 def uses_bf16(settings: TrainConfig, device: torch.device) -> bool:
-    """Decide the precision; ``auto`` is bf16 on GPUs that have it and fp32 elsewhere."""
-    if settings.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return settings.precision == "bf16"
+    """Decide the precision; ``auto`` is bf16 where the hardware multiplies in it."""
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_multiplies_bf16()
+
+
+def cpu_multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tell whether the CPU has AVX-512 BF16 or AMX; without them bf16 is slower than fp32."""
+    try:
+        flags = set(cpuinfo.read_text(encoding="ascii", errors="replace").split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 @contextmanager

@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from data_store.schema import GeneChoice, HvgFlavor, ObsColumns, OutputSpace, UserError
+from data_store.schema import GeneChoice, HvgFlavor, ObsColumns, UserError
 from state.config_section import (
     Fraction,
+    NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -24,6 +22,7 @@ from state.config_section import (
     Seed,
 )
 from state.config_simulate import SimulateConfig
+from state.model_config import ModelConfig
 
 
 class ConfigError(UserError):
@@ -33,7 +32,9 @@ class ConfigError(UserError):
 BaselineName = Literal[
     "cell_mean", "no_change", "pert_mean", "nearest", "ridge", "low_rank", "random_forest"
 ]
-NonEmptyStr = Annotated[str, Field(min_length=1)]
+ModelPart = Literal[
+    "cell_encoder", "pert_encoder", "batch_encoder", "backbone", "head", "tokens", "decoder"
+]
 RemoteUrl = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://")]
 
 
@@ -160,48 +161,13 @@ class FeatureConfig(Section):
     split."""
 
 
-class ModelConfig(Section):
-    """ST, the State Transition model. Defaults are those of ``st_base``."""
-
-    cell_set_len: PositiveInt = 512
-    """S, cells in a set; ``data.short_sets`` says what becomes of shorter ones."""
-    hidden_dim: PositiveInt = 768
-    """d_h, the width of the transformer."""
-    num_layers: NonNegativeInt = 8
-    """Transformer blocks."""
-    num_heads: PositiveInt = 12
-    """Attention heads; divides ``hidden_dim``."""
-    ffn_dim: PositiveInt = 3072
-    """Width of the SwiGLU feed-forward layer."""
-    cell_encoder_layers: PositiveInt = 1
-    """Linear layers in f_cell."""
-    pert_encoder_layers: PositiveInt = 1
-    """Linear layers in f_pert."""
-    recon_layers: PositiveInt = 1
-    """Linear layers in the reconstruction head; 1 is the plain W_recon."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout inside the MLPs and after each transformer sub-layer."""
-    batch_encoder: bool = True
-    """Add f_batch, an embedding of the experimental batch, to each cell's input."""
-    residual: Literal["sum", "cell"] = "sum"
-    """O = H + f_ST(H) as the paper writes it, or the reference's O = H_cell + f_ST(H)."""
-    output_space: OutputSpace = "hvg"
-    """Genes that are read and predicted: the highly variable ones, or all."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelConfig:
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"num_heads = {self.num_heads} does not divide hidden_dim = {self.hidden_dim}"
-            )
-        return self
-
-
 class LossConfig(Section):
-    """The distance between predicted and true cell sets that training lowers."""
+    """What is minimised: a distance of predicted and true cell sets, and terms beside it."""
 
-    kind: Literal["mmd", "sinkhorn"] = "mmd"
-    """The squared MMD, or the debiased Sinkhorn divergence (needs geomloss; slower)."""
+    kind: Literal["mmd", "sinkhorn", "mse"] = "mmd"
+    """Distance of a set: the squared MMD; the debiased Sinkhorn divergence (needs geomloss;
+    slower); or the mean squared difference of the cells in each slot. Cells of a set come in no
+    order, so ``mse`` learns the mean of the set."""
     kernel: Literal["energy", "rbf", "gaussian_mix"] = "energy"
     """Kernel of the MMD: the energy distance, one Gaussian, or five of widths 2^-1 to 2."""
     bandwidth: PositiveFloat | None = None
@@ -211,6 +177,14 @@ class LossConfig(Section):
     """Mean of the MMDs of so many chunks of genes, in place of one over all genes."""
     blur: PositiveFloat = 0.05
     """Sinkhorn only: root of the entropic regularisation, in units of expression."""
+    l1_to_control: NonNegativeFloat = 0.0
+    """Weight of the mean absolute difference between prediction and control cells."""
+    batch_token_weight: NonNegativeFloat = 0.1
+    """Weight of the batch token's cross-entropy (``model.batch_token``)."""
+    confidence_weight: NonNegativeFloat = 0.01
+    """Weight of the confidence token's squared error (``model.confidence_token``)."""
+    decoder_weight: NonNegativeFloat = 0.1
+    """Weight of the decoder's loss in gene space (``model.embed_key``), as in the preprint."""
     scale: PositiveFloat = 1.0
     """Factor. 1.0 is the paper's MMD^2; 0.5 gives the reference's numbers."""
     mmd_impl: Literal["auto", "reference", "blocked", "triton"] = "auto"
@@ -240,7 +214,22 @@ class TrainConfig(Section):
     grad_clip: PositiveFloat = 10.0
     """Global gradient norm above which gradients are scaled down."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 on GPUs that have it, else fp32."""
+    """Arithmetic of the matrix products; weights, optimiser and loss are fp32 always. auto: bf16
+    on GPUs and CPUs (AVX-512 BF16, AMX) that have it, else fp32."""
+    freeze: tuple[ModelPart, ...] = ()
+    """Parts of the model that stay as they are (see ``model.init_from``)."""
+    activation_checkpointing: bool = False
+    """Keep no activations inside the transformer's blocks and compute them again for the backward
+    pass: a third more work, and memory that hardly grows with ``num_layers``."""
+    compile: bool = False
+    """Compile the transformer's blocks with ``torch.compile``: a minute at the start of every
+    run. ``docs/profiling.md`` has what it gained."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step, such as [10, 15], of which rank 0 writes a profile into the run
+    folder's ``profile/``."""
+    peak_tflops: PositiveFloat | None = None
+    """What one worker's hardware can do at most, TFLOP/s, for ``throughput/mfu_pct``. Absent: the
+    data sheet's number for known GPUs, and no MFU elsewhere."""
     deepspeed: Path = Path("deepspeed/zero1.json")
     """DeepSpeed settings beside the recipe; batch sizes, clipping and precision are filled in."""
     log_every_steps: PositiveInt = 10
@@ -251,6 +240,13 @@ class TrainConfig(Section):
     """Validation sets per pass (the same ones each time)."""
     checkpoint_every_steps: PositiveInt = 500
     """Steps between ``last`` checkpoints."""
+
+    @model_validator(mode="after")
+    def _profiles_forwards(self) -> TrainConfig:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            first, last = self.profile_steps
+            raise ValueError(f"profile_steps = [{first}, {last}]: the first comes after the last")
+        return self
 
 
 class ClusterConfig(Section):
@@ -333,6 +329,26 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _trains_all_that_it_builds(self) -> RunConfig:
+        needed = {
+            "model.batch_token": (self.model.batch_token, "batch_token_weight"),
+            "model.confidence_token": (self.model.confidence_token, "confidence_weight"),
+            "model.embed_key": (
+                self.model.embed_key is not None and self.model.output_space != "embedding",
+                "decoder_weight",
+            ),
+        }
+        for key, (is_built, weight) in needed.items():
+            if is_built and getattr(self.loss, weight) == 0:
+                raise ValueError(f"{key} is never trained with loss.{weight} = 0; leave it out")
+        if self.model.lora_rank and "backbone" in self.train.freeze:
+            raise ValueError(
+                "train.freeze = 'backbone' would freeze what model.lora_rank is to train; "
+                "the transformer's own weights are frozen without it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _simulates_into_a_file(self) -> RunConfig:

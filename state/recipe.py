@@ -201,6 +201,9 @@ def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
             "data": data.model_copy(update={"input": _absolute_or_url(data.input)}),
             "split": split.model_copy(update={"file": _absolute_or_none(split.file)}),
             "features": features.model_copy(update={"path": _absolute_or_none(features.path)}),
+            "model": config.model.model_copy(
+                update={"init_from": _absolute_or_none(config.model.init_from)}
+            ),
             "train": config.train.model_copy(
                 update={"deepspeed": recipe_dir / config.train.deepspeed}
             ),

@@ -10,8 +10,9 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,13 +25,30 @@ logger = logging.getLogger(__name__)
 _TAG = "deepspeed"
 
 
+class Objective(Protocol):
+    """What the engine trains: a module that knows its own loss."""
+
+    use_bf16: bool
+    """Whether it computes in bf16."""
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the terms of the loss."""
+        ...
+
+    def __call__(self, *batch: Tensor) -> Any:
+        """Return an object with ``loss`` and ``terms_K``."""
+        ...
+
+
 class Engine:
     """A model under DeepSpeed data parallelism.
 
     Parameters
     ----------
     objective
-        Module whose ``forward(*batch)`` returns an object with a scalar ``loss``.
+        Module whose ``forward(*batch)`` returns an object with a scalar ``loss`` and its
+        ``terms_K``; ``term_names`` names them and ``use_bf16`` says how it computes.
     settings
         Optimiser settings; the learning rate is set before each step by the loop.
     deepspeed_config
@@ -41,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         settings: TrainConfig,
         deepspeed_config: Mapping[str, Any],
         device: torch.device,
@@ -52,7 +70,8 @@ class Engine:
         self.world_size = dist.get_world_size()
         self.zero_stage = int(deepspeed_config["zero_optimization"]["stage"])
         self.sets_per_step = int(deepspeed_config["train_batch_size"])
-        self.is_bf16 = bool(deepspeed_config["bf16"]["enabled"])
+        self.is_bf16 = objective.use_bf16
+        self.term_names = objective.term_names
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(objective, settings, device),
@@ -62,13 +81,21 @@ class Engine:
         self._full_fp32_param: Callable[[Tensor], Tensor | None] = (
             deepspeed.utils.safe_get_full_fp32_param
         )
-        self._grad_norm = math.nan
+        self._gather = deepspeed.zero.GatheredParameters
+        self._grad_norm: Tensor | float = math.nan
 
     def backward(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Run one micro-batch forward and backward; return its detached loss (scalar)."""
-        loss: Tensor = self._engine(*batch).loss
-        self._engine.backward(loss)
-        return loss.detach()
+        """Run one micro-batch forward and backward.
+
+        Returns
+        -------
+        Tensor
+            [1 + K] the loss and its terms, detached, on the device: fetching them would make the
+            host wait.
+        """
+        output = self._engine(*batch)
+        self._engine.backward(output.loss)
+        return torch.cat([output.loss.detach().reshape(1), output.terms_K])
 
     def step(self, lr: float) -> None:
         """Apply the accumulated gradients with this learning rate.
@@ -81,16 +108,16 @@ class Engine:
         if at_boundary and self.zero_stage == 0:
             # DeepSpeed keeps no norm at stage 0; the gradients are already averaged here.
             grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            self._grad_norm = nn.utils.get_total_norm(grads).item() if grads else math.nan
+            self._grad_norm = nn.utils.get_total_norm(grads) if grads else math.nan
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         if norm is not None:
-            self._grad_norm = float(norm)
+            self._grad_norm = norm
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
-        return self._grad_norm
+        """Global gradient norm of the last step, before clipping; the host waits for it."""
+        return float(self._grad_norm)
 
     def evaluate(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Return the loss of a batch without gradients and without dropout (scalar)."""
@@ -143,12 +170,23 @@ class Engine:
         """Return all weights in fp32 on the CPU, whatever the ZeRO stage (collective)."""
         weights = dict(self._engine.module.state_dict())
         for name, parameter in self._engine.module.named_parameters():
-            master = self._full_fp32_param(parameter)
+            if parameter.requires_grad:
+                master = self._full_fp32_param(parameter)
+            else:
+                # DeepSpeed keeps no optimiser state of these, only, at stage 3, a share of each.
+                with self._gathered(parameter):
+                    master = parameter.detach().cpu().clone()
             weights[name] = parameter if master is None else master
         return {
             name: value.detach().to("cpu", torch.float32 if value.is_floating_point() else None)
             for name, value in weights.items()
         }
+
+    def _gathered(self, parameter: Tensor) -> AbstractContextManager[Any]:
+        if self.zero_stage < 3:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._gather(parameter)
+        return context
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
@@ -156,7 +194,7 @@ class Engine:
 
 
 def build_optimizer(
-    module: nn.Module, settings: TrainConfig, device: torch.device
+    module: Any, settings: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """Build AdamW with decay on matrices only: gains and biases are not shrunk towards 0."""
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -167,7 +205,8 @@ def build_optimizer(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=settings.lr,
-        fused=device.type == "cuda",
+        # One pass over each tensor instead of a dozen; torch has it for these devices.
+        fused=device.type in ("cpu", "cuda"),
     )
 
 

@@ -21,7 +21,9 @@ from data_store.schema import CellBatch, UserError
 from state.config import TrainConfig
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.engine import Engine
+from state.training.flops import FlopCounter, find_peak_tflops
 from state.training.monitor import Monitor, Stopwatch
+from state.training.profiling import StepProfiler
 from state.training.schedule import learning_rate
 
 
@@ -46,6 +48,8 @@ def train(
     monitor: Monitor,
     settings: TrainConfig,
     seed: int,
+    profiler: StepProfiler,
+    flops: FlopCounter,
 ) -> Progress:
     """Train to ``max_steps`` from the newest checkpoint, and return where training ended.
 
@@ -58,21 +62,22 @@ def train(
     best = engine.broadcast_object(checkpoints.best() if engine.rank == 0 else None)
     best_val_loss = math.inf if best is None else best.progress.val_loss
     monitor.start(progress.step)
-    watch = Stopwatch()
+    watch = Stopwatch(flops, find_peak(settings, engine))
 
     with source.open_train(progress.sets_consumed) as batches:
         while progress.step < settings.max_steps:
             seed_step(seed, progress.step, engine.rank)
             lr = learning_rate(progress.step, settings)
-            loss = train_step(engine, batches, settings.grad_accum_steps, lr, watch)
+            profiler.before_step(progress.step + 1)
+            losses = train_step(engine, batches, settings.grad_accum_steps, lr, watch)
+            profiler.after_step(progress.step + 1)
             progress = advance(progress, settings, engine.world_size)
 
             is_last = progress.step == settings.max_steps
             if progress.step % settings.log_every_steps == 0 or is_last:
-                mean_loss = mean_over_ranks(engine, loss)
-                refuse_non_finite(mean_loss, engine.grad_norm, progress.step)
-                scalars = {"train/loss": mean_loss, "train/lr": lr}
-                scalars["train/grad_norm"] = engine.grad_norm
+                scalars = mean_over_ranks(engine, losses)
+                refuse_non_finite(scalars["train/loss"], engine.grad_norm, progress.step)
+                scalars |= {"train/lr": lr, "train/grad_norm": engine.grad_norm}
                 monitor.record(progress.step, scalars | watch.read(engine.world_size))
 
             is_new_best = False
@@ -84,8 +89,8 @@ def train(
                 best_val_loss = min(best_val_loss, progress.val_loss)
 
             if progress.step % settings.checkpoint_every_steps == 0 or is_new_best or is_last:
-                mean_loss = mean_over_ranks(engine, loss)
-                refuse_non_finite(mean_loss, engine.grad_norm, progress.step)
+                scalars = mean_over_ranks(engine, losses)
+                refuse_non_finite(scalars["train/loss"], engine.grad_norm, progress.step)
                 started_s = time.perf_counter()
                 with watch.paused():
                     checkpoints.save(engine, progress)
@@ -101,17 +106,20 @@ def train_step(
     lr: float,
     watch: Stopwatch,
 ) -> Tensor:
-    """Run one optimiser step and return this rank's mean loss (scalar, on the device)."""
+    """Run one optimiser step and return this rank's loss and its terms ([1 + K], on the device).
+
+    Nothing here waits for the device.
+    """
     losses = []
     for _ in range(grad_accum_steps):
         started_s = time.perf_counter()
         batch = next(batches)
         watch.add_wait(time.perf_counter() - started_s)
-        watch.add_batch(len(batch.pert_B), int(batch.mask_BS.sum()))
+        watch.add_batch(batch.mask_BS.sum(axis=1))
         losses.append(engine.backward(to_device(batch, engine.device)))
         engine.step(lr)
     watch.add_step()
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(0)
 
 
 def validate(engine: Engine, source: BatchSource) -> float:
@@ -128,15 +136,23 @@ def validate(engine: Engine, source: BatchSource) -> float:
 
 
 def to_device(batch: CellBatch, device: torch.device) -> tuple[Tensor, ...]:
-    """Turn a batch into the tensors that ``SetObjective.forward`` takes, in its order."""
-    arrays = (
-        batch.control_BSG,
-        batch.target_BSG,
-        batch.mask_BS,
-        batch.pert_B,
-        batch.batch_BS,
+    """Turn a batch into the tensors that ``SetObjective.forward`` takes, in its order.
+
+    The mask stays on the CPU, where the model can read it without waiting for the device.
+    """
+    return (
+        _copy(batch.control_BSG, device),
+        _copy(batch.target_BSG, device),
+        torch.from_numpy(batch.mask_BS),
+        _copy(batch.pert_B, device),
+        _copy(batch.batch_BS, device),
     )
-    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+
+
+def _copy(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    # Only from pinned memory does a copy run beside the host.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def advance(progress: Progress, settings: TrainConfig, world_size: int) -> Progress:
@@ -153,9 +169,17 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(mixed >> np.uint64(1)))
 
 
-def mean_over_ranks(engine: Engine, loss: Tensor) -> float:
-    """Average a scalar over the ranks."""
-    return float(engine.sum_over_ranks(loss.double().reshape(1)).item()) / engine.world_size
+def mean_over_ranks(engine: Engine, losses: Tensor) -> dict[str, float]:
+    """Fetch the loss and its terms, averaged over the ranks, under the names of the records."""
+    means = engine.sum_over_ranks(losses.double()) / engine.world_size
+    tags = ["train/loss", *(f"train/{name}" for name in engine.term_names)]
+    return dict(zip(tags, means.tolist(), strict=True))
+
+
+def find_peak(settings: TrainConfig, engine: Engine) -> float | None:
+    """Return the peak of all workers together, TFLOP/s; None where it is not known."""
+    peak = settings.peak_tflops or find_peak_tflops(engine.device, use_bf16=engine.is_bf16)
+    return None if peak is None else peak * engine.world_size
 
 
 def refuse_non_finite(loss: float, grad_norm: float, step: int) -> None:

@@ -16,10 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_store.files import write_text_atomically
+from state.training.flops import FlopCounter
 
 _GIB = 2**30
 
@@ -85,23 +88,38 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class Stopwatch:
-    """Counts cells, time and data waits between two records."""
+    """Counts cells, time, arithmetic and data waits between two records.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    flops
+        Counts the arithmetic of a step.
+    peak_tflops
+        What all workers together can do at most; None: not known, and no MFU.
+    """
+
+    def __init__(self, flops: FlopCounter, peak_tflops: float | None) -> None:
+        self._flops = flops
+        self._peak_tflops = peak_tflops
+        self._restart()
+
+    def _restart(self) -> None:
         self._started_s = time.perf_counter()
         self._data_wait_s = 0.0
         self._num_cells = 0
         self._num_sets = 0
         self._num_steps = 0
+        self._num_flops = 0.0
 
     def add_wait(self, seconds: float) -> None:
         """Count time the loop stood still for the next batch."""
         self._data_wait_s += seconds
 
-    def add_batch(self, num_sets: int, num_cells: int) -> None:
-        """Count one micro-batch of this rank; padding slots are not cells."""
-        self._num_sets += num_sets
-        self._num_cells += num_cells
+    def add_batch(self, num_cells_B: npt.NDArray[np.int64]) -> None:
+        """Count one micro-batch of this rank by the cells in its sets; empty slots are none."""
+        self._num_sets += len(num_cells_B)
+        self._num_cells += int(num_cells_B.sum())
+        self._num_flops += self._flops.count_step(num_cells_B)
 
     def add_step(self) -> None:
         """Count one optimiser step."""
@@ -123,14 +141,18 @@ class Stopwatch:
         sets, and sets differ little in size.
         """
         elapsed_s = max(time.perf_counter() - self._started_s, 1e-9)
+        tflops = self._num_flops * world_size / elapsed_s / 1e12
         rates = {
             "throughput/cells_per_s": self._num_cells * world_size / elapsed_s,
             "throughput/cell_sets_per_s": self._num_sets * world_size / elapsed_s,
+            "throughput/tflops": tflops,
             "time/step_ms": 1e3 * elapsed_s / max(1, self._num_steps),
             "time/data_wait_pct": 100.0 * self._data_wait_s / elapsed_s,
             **_memory_gib(),
         }
-        self.__init__()  # type: ignore[misc]
+        if self._peak_tflops is not None:
+            rates["throughput/mfu_pct"] = 100.0 * tflops / self._peak_tflops
+        self._restart()
         return rates
 
 

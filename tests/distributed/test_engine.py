@@ -20,17 +20,23 @@ SETTINGS = TrainConfig(micro_batch_size=4, max_steps=10, lr=1e-2, grad_clip=0.5)
 
 class Output(NamedTuple):
     loss: torch.Tensor
+    terms_K: torch.Tensor
 
 
 class Regression(nn.Module):
+    term_names = ("squared",)
+    use_bf16 = False
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> Output:
-        dtype = next(self.parameters()).dtype
-        return Output((self.layers(x.to(dtype)).float() - y).square().mean())
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.use_bf16):
+            predicted = self.layers(x)
+        loss = (predicted.float() - y).square().mean()
+        return Output(loss, loss.detach().reshape(1))
 
 
 def make_engine(stage: int, micro_batch_size: int, *, use_bf16: bool = False):
@@ -43,9 +49,10 @@ def make_engine(stage: int, micro_batch_size: int, *, use_bf16: bool = False):
         {"zero_optimization": {"stage": stage}},
         settings,
         world_size=dist.get_world_size(),
-        use_bf16=use_bf16,
     )
-    return Engine(Regression(), settings, config, torch.device("cpu"))
+    regression = Regression()
+    regression.use_bf16 = use_bf16
+    return Engine(regression, settings, config, torch.device("cpu"))
 
 
 def run_steps(engine, first: int, last: int, micro_batch_size: int) -> list[tuple[float, float]]:
@@ -57,7 +64,7 @@ def run_steps(engine, first: int, last: int, micro_batch_size: int) -> list[tupl
         part = slice(engine.rank * micro_batch_size, (engine.rank + 1) * micro_batch_size)
         loss = engine.backward((x[part], y[part]))
         engine.step(SETTINGS.lr)
-        mean = engine.sum_over_ranks(loss.double().reshape(1)).item() / engine.world_size
+        mean = engine.sum_over_ranks(loss[0].double()).item() / engine.world_size
         records.append((mean, engine.grad_norm))
     return records
 
@@ -117,7 +124,7 @@ def test_two_ranks_equal_one_and_resume_is_exact(stage: int, tmp_path: Path):
         assert rest == two[0][1]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_bf16_keeps_fp32_weights_and_resumes_exactly(stage: int, tmp_path: Path):
     two = spawn(train_and_save, 2, stage, 4, tmp_path, True)
     _, rest, weights = two[0]

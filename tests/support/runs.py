@@ -38,6 +38,7 @@ ffn_dim = 64
 
 [train]
 max_steps = 60
+precision = "fp32"
 micro_batch_size = 2
 lr = 3e-3
 warmup_steps = 5

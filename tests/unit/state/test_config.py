@@ -36,10 +36,11 @@ def attributes_read() -> frozenset[str]:
     read: set[str] = set()
     for package in ("data_store", "state", "launcher"):
         for path in (REPO_ROOT / package).rglob("*.py"):
-            if path == REPO_ROOT / "state" / "config.py":
+            if path.parent.name == "state" and path.name in ("config.py", "model_config.py"):
                 tree = ast.parse(path.read_text())
                 # Only what config turns into another object counts as a use.
-                nodes = [n for n in ast.walk(tree) if getattr(n, "name", "") == "columns"]
+                uses = ("columns", "gene_space")
+                nodes = [n for n in ast.walk(tree) if getattr(n, "name", "") in uses]
             else:
                 nodes = [ast.parse(path.read_text())]
             for node in nodes:

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from data_store.schema import CellBatch
-from state.config import LossConfig, ModelConfig
+from state.config import LossConfig
 from state.losses import SetObjective
 from state.mmd.dispatch import mmd_loss
 from state.mmd.reference import mmd2_reference
+from state.model_config import ModelConfig
 from state.transition.model import build_transition_model
 from state.transition.predict import predict_cells
 
@@ -55,8 +56,8 @@ def test_loss_is_the_mean_mmd_of_the_real_cells(impl):
         expected = 0.5 * mmd2_reference(
             predicted[b : b + 1, mask], batch["target_BSG"][b : b + 1, mask]
         )
-        torch.testing.assert_close(result.mmd_B[b : b + 1], expected.detach())
-    torch.testing.assert_close(result.loss, result.mmd_B.mean())
+        torch.testing.assert_close(result.distance_B[b : b + 1], expected.detach())
+    torch.testing.assert_close(result.loss, result.distance_B.mean())
 
 
 @pytest.mark.parametrize(
@@ -74,10 +75,10 @@ def test_every_option_of_the_loss_reaches_it(change):
     mask = batch["mask_BS"]
     objective = build(**change)
     predicted = objective.predict(batch["control_BSG"], mask, batch["pert_B"], batch["batch_BS"])
-    mmd_B = objective(**batch).mmd_B
+    distance_B = objective(**batch).distance_B
     expected_B = mmd_loss(predicted, batch["target_BSG"], mask, mask, **change)
-    torch.testing.assert_close(mmd_B, expected_B.detach())
-    assert not torch.allclose(mmd_B, build()(**batch).mmd_B)
+    torch.testing.assert_close(distance_B, expected_B.detach())
+    assert not torch.allclose(distance_B, build()(**batch).distance_B)
 
 
 def test_the_sinkhorn_divergence_is_a_loss():
@@ -87,9 +88,11 @@ def test_the_sinkhorn_divergence_is_a_loss():
     result = objective(**batch)
     result.loss.backward()
     assert any(p.grad.any() for p in objective.parameters())
-    assert not torch.allclose(result.mmd_B, build(kind="sinkhorn", blur=2.0)(**batch).mmd_B)
+    assert not torch.allclose(
+        result.distance_B, build(kind="sinkhorn", blur=2.0)(**batch).distance_B
+    )
     torch.testing.assert_close(
-        build(kind="sinkhorn", blur=0.5, scale=3.0)(**batch).mmd_B, 3 * result.mmd_B
+        build(kind="sinkhorn", blur=0.5, scale=3.0)(**batch).distance_B, 3 * result.distance_B
     )
 
 
@@ -97,7 +100,7 @@ def test_weights_give_a_weighted_mean():
     objective, batch = build(), tensors(cell_batch())
     weight = torch.tensor([1.0, 0.0, 3.0])
     result = objective(**batch, weight_B=weight)
-    expected = (result.mmd_B[0] + 3 * result.mmd_B[2]) / 4
+    expected = (result.distance_B[0] + 3 * result.distance_B[2]) / 4
     torch.testing.assert_close(result.loss, expected)
     nothing = objective(**batch, weight_B=torch.zeros(3)).loss
     nothing.backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from state.config import ModelConfig
+from state.model_config import ModelConfig
 from state.transition.encoders import BatchEncoder, build_mlp
 from state.transition.model import StateTransition, build_transition_model
 from state.transition.packing import SetPacking
@@ -54,14 +54,14 @@ def test_permuting_the_cells_permutes_the_prediction():
     shuffled = {
         name: value if name == "pert_BP" else value[rows, order] for name, value in batch.items()
     }
-    torch.testing.assert_close(model(**shuffled), model(**batch)[rows, order])
+    torch.testing.assert_close(model(**shuffled).cells_BSG, model(**batch).cells_BSG[rows, order])
 
 
 def test_the_cells_of_a_set_see_each_other_and_no_other_set():
     model, batch = build(), inputs()
-    before = model(**batch)
+    before = model(**batch).cells_BSG
     batch["control_BSG"][0, 0] += 3
-    changed = (model(**batch) - before).abs().amax(-1) > 1e-6
+    changed = (model(**batch).cells_BSG - before).abs().amax(-1) > 1e-6
     assert changed[0].all()
     assert not changed[1:].any()
 
@@ -70,26 +70,26 @@ def test_identical_cells_in_different_slots_get_identical_predictions():
     model, batch = build(), inputs()
     batch["control_BSG"][:, 3] = batch["control_BSG"][:, 0]
     batch["batch_BS"][:, 3] = batch["batch_BS"][:, 0]
-    predicted = model(**batch)
+    predicted = model(**batch).cells_BSG
     torch.testing.assert_close(predicted[:, 3], predicted[:, 0])
 
 
 def test_masked_slots_are_zero_and_their_content_is_ignored():
     model, batch = build(), inputs((S, 3, 1))
-    predicted = model(**batch)
+    predicted = model(**batch).cells_BSG
     assert not predicted[~batch["mask_BS"]].any()
     batch["control_BSG"][~batch["mask_BS"]] = torch.nan
     batch["batch_BS"][~batch["mask_BS"]] = 1
-    assert torch.equal(model(**batch), predicted)
+    assert torch.equal(model(**batch).cells_BSG, predicted)
 
 
 def test_a_short_set_equals_the_same_set_without_padding():
     model, batch = build(), inputs((S, 3, 1))
-    predicted = model(**batch)
+    predicted = model(**batch).cells_BSG
     alone = {
         name: value[1:2] if name == "pert_BP" else value[1:2, :3] for name, value in batch.items()
     }
-    torch.testing.assert_close(predicted[1:2, :3], model(**alone))
+    torch.testing.assert_close(predicted[1:2, :3], model(**alone).cells_BSG)
 
 
 @pytest.mark.parametrize("num_cells", [(S, S, S), (S, 3, 1)])
@@ -98,7 +98,9 @@ def test_gradients_do_not_depend_on_the_padding(num_cells):
     model, batch = build(), inputs(num_cells)
 
     def gradients(batch: dict[str, Tensor]) -> list[Tensor]:
-        return list(torch.autograd.grad(model(**batch).square().sum(), list(model.parameters())))
+        return list(
+            torch.autograd.grad(model(**batch).cells_BSG.square().sum(), list(model.parameters()))
+        )
 
     padded = {
         name: value
@@ -119,7 +121,7 @@ def test_residual_is_the_formula(residual):
     f = model.backbone(h.flatten(0, 1), SetPacking(batch["mask_BS"])).view(h.shape)
     o = f + (h if residual == "sum" else h_cell)
     head = model.head.mlp[0]
-    torch.testing.assert_close(model(**batch), torch.relu(o @ head.weight.T + head.bias))
+    torch.testing.assert_close(model(**batch).cells_BSG, torch.relu(o @ head.weight.T + head.bias))
 
 
 def test_backbone_is_the_textbook_transformer():
@@ -148,9 +150,9 @@ def test_unknown_batch_is_the_mean_of_the_known_ones():
 
 def test_batch_encoder_can_be_left_out():
     model, batch = build(batch_encoder=False), inputs()
-    predicted = model(**batch)
+    predicted = model(**batch).cells_BSG
     batch["batch_BS"] = 1 - batch["batch_BS"]
-    assert torch.equal(model(**batch), predicted)
+    assert torch.equal(model(**batch).cells_BSG, predicted)
     assert not any("batch" in name for name, _ in model.named_parameters())
 
 
@@ -165,7 +167,7 @@ def test_every_parameter_gets_a_gradient(residual, num_layers):
         recon_layers=3,
         dropout=0.1,
     ).train()
-    model(**inputs((S, 4, 2))).square().sum().backward()
+    model(**inputs((S, 4, 2))).cells_BSG.square().sum().backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert dead == []
 
@@ -194,7 +196,7 @@ def test_prediction_starts_at_the_given_expression():
     )
     mean = torch.linspace(0.1, 3, G)
     model.initialize_output(mean)
-    difference = model(**inputs()) - mean
+    difference = model(**inputs()).cells_BSG - mean
     assert difference.abs().max() < 0.1
     assert difference.std() > 0
 
@@ -241,8 +243,8 @@ def test_mlp_has_the_asked_number_of_layers():
 @pytest.mark.parametrize("num_cells", [(S, S, S), (S, 3, 1)])
 def test_bfloat16_weights_take_float32_inputs(num_cells):
     model, batch = build(), inputs(num_cells)
-    expected = model(**batch)
-    predicted = model.bfloat16()(**batch)
+    expected = model(**batch).cells_BSG
+    predicted = model.bfloat16()(**batch).cells_BSG
     assert predicted.dtype == torch.bfloat16
     torch.testing.assert_close(predicted.float(), expected, rtol=0.05, atol=0.2)
 
