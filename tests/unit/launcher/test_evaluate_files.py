@@ -131,7 +131,7 @@ def test_missing_genes_are_named_or_left_out(options, tmp_path):
 
 def test_what_cannot_be_judged_is_refused(options, tmp_path):
     negative = replace(random_table(1), values=dense(random_table(1)) - np.float32(0.5))
-    with pytest.raises(UserError, match="clip"):
+    with pytest.raises(UserError, match="Clip the prediction"):
         evaluate_files(replace(options, pred=write(tmp_path / "negative.h5ad", negative)))
     with pytest.raises(UserError, match="'nothing' is neither a file nor 'cell_mean'"):
         evaluate_files(replace(options, baseline="nothing"))
