@@ -23,7 +23,15 @@ from data_store.hints import nearest, some
 from data_store.ingest import CountSource, SourceFile, check_indices, inspect_file, open_matrix
 from data_store.ingest import read_rows as read_source_rows
 from data_store.obs_labels import read_labels
-from data_store.schema import CellBlock, ExpressionValues, ObsColumns, StoreError, run_in_process
+from data_store.schema import (
+    CellBlock,
+    CellSource,
+    CellTable,
+    ExpressionValues,
+    ObsColumns,
+    StoreError,
+    run_in_process,
+)
 from data_store.tables import read_names
 from data_store.transpose import transpose_columns
 
@@ -77,6 +85,19 @@ class CellFile:
         if self.matrix.layout == "csc":
             raise StoreError(f"{self.matrix.name} is stored by column: its rows cannot be read")
         return read_source_rows(self._rows, rows)
+
+    def hold(self, most_values: int) -> CellSource:
+        """Return the cells in memory if no more values are stored, else the file itself."""
+        if self.matrix.nnz > most_values:
+            return self
+        blocks = [block.values for block in self.iterate_columns(np.arange(len(self.genes)))]
+        if self.matrix.layout == "dense":
+            values = np.concatenate(blocks)
+        elif self.matrix.layout == "csc":
+            values = sp.hstack(blocks, format="csr")
+        else:
+            values = sp.vstack(blocks, format="csr")
+        return CellTable(values, self.genes, self.labels, self.label_names, self.control)
 
 
 @dataclass(frozen=True, eq=False)
