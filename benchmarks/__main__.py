@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import differential, mmd, preprocess
-from benchmarks.harness import REPO_ROOT, BenchmarkError, Comparison
+from benchmarks import differential, loader, mmd, preprocess
+from benchmarks.errors import BenchmarkError
+from benchmarks.harness import REPO_ROOT, Comparison
 from benchmarks.record import write_results
 from benchmarks.settings import Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Comparison]]] = {
     "preprocess": preprocess.run,
+    "loader": loader.run,
     "mmd": mmd.run,
     "differential": differential.run,
 }
@@ -25,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print and record; return the exit status, 1 where there was nothing to compare."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parse(given)
-    settings = Settings(cells=options.cells, genes=options.genes, rounds=options.rounds)
+    settings = Settings(
+        cells=options.cells, genes=options.genes, rounds=options.rounds, peers=options.peers
+    )
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
     for name in options.names or BENCHMARKS:
@@ -55,6 +59,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cells", type=_positive, default=10_000, help="cells to preprocess")
     parser.add_argument("--genes", type=_positive, default=4_000, help="genes to preprocess")
     parser.add_argument("--rounds", type=_positive, default=3, help="measured rounds a comparison")
+    parser.add_argument(
+        "--without-peers",
+        dest="peers",
+        action="store_false",
+        help="leave out what needs an environment of its own, made with pip in $STATEWIDE_PEERS",
+    )
     parser.add_argument(
         "--results",
         type=Path,

@@ -43,11 +43,20 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def rss_bytes() -> int:
+    """Return the resident memory of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return 0
+    return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
 def main(target: str, arguments: str, calls: str, out: str) -> None:
     """Run a task ``calls`` times; write ``times.json`` and ``result.npz`` into ``out``."""
     module, function = target.split(":")
     task: Task = getattr(importlib.import_module(module), function)(**json.loads(arguments))
     num_calls = int(calls)
+    start_rss_bytes = rss_bytes()
     wall_start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(num_calls):
         result = task.run()
@@ -56,6 +65,7 @@ def main(target: str, arguments: str, calls: str, out: str) -> None:
         "cpu_s": cpu_s / num_calls,
         "wall_s": wall_s / num_calls,
         "peak_rss_bytes": peak_rss_bytes(),
+        "start_rss_bytes": start_rss_bytes,
     }
     np.savez(Path(out) / "result.npz", **task.collect(result))
     (Path(out) / "times.json").write_text(json.dumps(times), encoding="utf-8")

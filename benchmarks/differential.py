@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.child import Task
-from benchmarks.harness import Arrays, BenchmarkError, Comparison, Side, compare
+from benchmarks.errors import BenchmarkError
+from benchmarks.harness import Arrays, Comparison, Side, compare
 from benchmarks.settings import Settings
 
 NUM_CELLS, NUM_GENES, NUM_PERTURBATIONS = 5000, 1500, 25

@@ -9,6 +9,7 @@ of every round are checked before any number is shown. Tested by
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.child import Task
+from benchmarks.environments import interpreter
+from benchmarks.errors import BenchmarkError
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 # With more threads, CPU seconds would count the waiting of one library's pool and not another's.
@@ -36,15 +39,16 @@ ONE_THREAD = {
         "NUMEXPR_NUM_THREADS",
     )
 }
-RATIOS = {"CPU s": "cpu_s", "wall s": "wall_s", "peak RSS": "peak_rss_bytes"}
+RATIOS = {
+    "CPU s": "cpu_s",
+    "wall s": "wall_s",
+    "peak RSS": "peak_rss_bytes",
+    "peak growth": "peak_growth_bytes",
+}
 _LOG_LINES = 15
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Check = Callable[[Mapping[str, Arrays]], None]
-
-
-class BenchmarkError(RuntimeError):
-    """A side that failed, or sides that do not compute the same: there is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Side:
     """Its keyword arguments, as JSON holds them."""
     calls: int = 1
     """Timed calls a process; times are per call."""
+    environment: str | None = None
+    """Peer environment it runs in (``benchmarks.environments``); None: the one of this process."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,13 @@ class Measurement:
     """User and system seconds of the whole process (``os.wait4``): imports and warm-up too."""
     peak_rss_bytes: int
     """Largest resident memory of the process, imports and input included."""
+    start_rss_bytes: int
+    """Resident memory when the timed call began: imports, prepared input, what warm-up left."""
+
+    @property
+    def peak_growth_bytes(self) -> int:
+        """What the peak lies above the start: the memory that the work itself takes."""
+        return max(0, self.peak_rss_bytes - self.start_rss_bytes)
 
 
 @dataclass(frozen=True)
@@ -97,20 +110,24 @@ class Comparison:
     def ratios(self, side: str, quantity: str) -> list[float]:
         """Return a side's quantity divided by that of the first side, round by round."""
         pairs = zip(self.values(side, quantity), self.values(self.sides[0], quantity), strict=True)
-        return [theirs / ours for theirs, ours in pairs]
+        return [theirs / ours if ours else math.nan for theirs, ours in pairs]
 
     def table(self) -> str:
         """Format medians and paired ratios for a terminal."""
         width = max(len(side) for side in self.sides)
         quantities = {"CPU s": "cpu_s", "wall s": "wall_s", "process CPU s": "process_cpu_s"}
-        head = "".join(f"{name:>15}" for name in [*quantities, "peak RSS MiB"])
+        memory = {"peak RSS MiB": "peak_rss_bytes", "growth MiB": "peak_growth_bytes"}
+        head = "".join(f"{name:>15}" for name in [*quantities, *memory])
         lines = [f"{self.title} (medians of {len(self.rounds)} rounds)", f"  {'':{width}}{head}"]
         for side in self.sides:
             cells = "".join(
                 f"{median(self.values(side, quantity)):15.3f}" for quantity in quantities.values()
             )
-            rss_mib = median(self.values(side, "peak_rss_bytes")) / 2**20
-            lines.append(f"  {side:{width}}{cells}{rss_mib:15.0f}")
+            cells += "".join(
+                f"{median(self.values(side, quantity)) / 2**20:15.0f}"
+                for quantity in memory.values()
+            )
+            lines.append(f"  {side:{width}}{cells}")
         for side in self.sides[1:]:
             lines.append(f"  {side} / {self.sides[0]}, paired: min / median / max")
             # Not of the whole process: imports and warm-up are most of it for a fast call.
@@ -122,7 +139,7 @@ class Comparison:
 
     def describe(self) -> dict[str, Any]:
         """Return everything as JSON."""
-        quantities = tuple(Measurement.__dataclass_fields__)
+        quantities = (*Measurement.__dataclass_fields__, "peak_growth_bytes")
         return {
             "title": self.title,
             "notes": list(self.notes),
@@ -199,7 +216,18 @@ def run_side(side: Side) -> tuple[Measurement, Arrays]:
         target = f"{side.prepare.__module__}:{side.prepare.__qualname__}"
         arguments = [target, json.dumps(dict(side.arguments)), str(side.calls), str(out)]
         log = out / "log.txt"
-        status, process_cpu_s = _run_and_wait(["benchmarks.child", *arguments], cwd, log)
+        python, path = sys.executable, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]
+        if side.environment is not None:
+            python = str(interpreter(side.environment))
+            # Of this repository a peer may see the benchmarks alone: arc-state's package is
+            # called "state" as well.
+            path = [str(Path(name) / "path")]
+            (Path(name) / "path").mkdir()
+            (Path(name) / "path" / "benchmarks").symlink_to(REPO_ROOT / "benchmarks")
+        command = [python, "-m", "benchmarks.child", *arguments]
+        status, process_cpu_s = _run_and_wait(
+            command, os.pathsep.join(filter(None, path)), cwd, log
+        )
         if status != 0:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             raise BenchmarkError(
@@ -210,13 +238,12 @@ def run_side(side: Side) -> tuple[Measurement, Arrays]:
             return Measurement(process_cpu_s=process_cpu_s, **times), dict(arrays)
 
 
-def _run_and_wait(module: Sequence[str], cwd: Path, log: Path) -> tuple[int, float]:
-    """Run ``python -m module``; return its exit status and its user and system seconds."""
-    path = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
+def _run_and_wait(command: Sequence[str], path: str, cwd: Path, log: Path) -> tuple[int, float]:
+    """Run a command with one import path; return its exit status, and user and system seconds."""
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", *module],
+            command,
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,

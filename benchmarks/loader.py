@@ -1,4 +1,4 @@
-"""Loading cell sets of 500 cells, all genes, beside what the bytes and a plain file allow.
+"""Loading cell sets of 500 cells, all genes: beside what the bytes allow, and the peers.
 
 A store of 10,000 x 18,080 cells and genes, a fifth of them non-zero: 2,000 controls and 16
 perturbations of 500 cells. Run by ``python -m benchmarks loader``; the values are the same on every
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,15 +20,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.child import Task
-from benchmarks.harness import Arrays, BenchmarkError, Comparison, Side, compare
+from benchmarks.errors import BenchmarkError
+from benchmarks.harness import Arrays, Comparison, Side, compare
+from benchmarks.loader_peers import (
+    SET_LEN,
+    SETS_PER_BATCH,
+    prepare_cell_load,
+    prepare_scdataset,
+)
 from benchmarks.settings import Settings
 
 GENES = 18_080
 CONTROLS = 2_000
 PERTURBATIONS = 16
-SET_LEN = 500
-SETS_PER_BATCH = 2
 BATCHES = 16
+ROWS_PER_BATCH = 2 * SETS_PER_BATCH * SET_LEN
 # Gives 21 % non-zeros, as a deep droplet experiment has.
 LOG_MEAN, LOG_SD = -2.2, 1.9
 
@@ -41,10 +47,15 @@ BATCH_NOTES = (
     "'streamed' holds the controls in memory (sparse) and reads the perturbed cells for each set; "
     "'nothing held' reads both, and the controls lie scattered over 2,000 rows",
 )
+PEER_NOTES = (
+    "each call takes one batch of a training epoch: 2 sets of 500 perturbed and 500 control cells, "
+    "dense; scDataset knows no sets and takes 2,000 cells",
+    "every row that a side yields must be a row of the store, by its sum",
+)
 
 
 def run(settings: Settings) -> list[Comparison]:
-    """Compare single sets with the floor, and whole batches with backed anndata."""
+    """Compare single sets with the floor, whole batches with backed anndata, and the peers."""
     with TemporaryDirectory(prefix="benchmark-loader-") as name:
         folder = Path(name)
         build_store(folder)
@@ -53,7 +64,7 @@ def run(settings: Settings) -> list[Comparison]:
         def batches(side: str, held: str) -> Side:
             return Side(side, prepare_loader, {**arguments, "held": held})
 
-        return [
+        comparisons = [
             _with_rates(
                 compare(
                     f"sets of {SET_LEN} x {GENES}, read and densified",
@@ -82,9 +93,45 @@ def run(settings: Settings) -> list[Comparison]:
                     check_same_values,
                     BATCH_NOTES,
                 ),
-                BATCHES * SETS_PER_BATCH * SET_LEN * 2,
+                BATCHES * ROWS_PER_BATCH,
             ),
         ]
+        if settings.peers:
+            comparisons.append(
+                _with_rates(
+                    compare(
+                        f"one batch of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
+                        settings.measurable(
+                            Side("ours, streamed", prepare_one_batch, arguments, calls=16),
+                            Side(
+                                "cell-load",
+                                prepare_cell_load,
+                                {**arguments, "consecutive": False},
+                                environment="arc",
+                            ),
+                            Side(
+                                "cell-load, consecutive",
+                                prepare_cell_load,
+                                {**arguments, "consecutive": True},
+                                calls=4,
+                                environment="arc",
+                            ),
+                            Side(
+                                "scDataset",
+                                prepare_scdataset,
+                                arguments,
+                                calls=8,
+                                environment="scdataset",
+                            ),
+                        ),
+                        settings.rounds,
+                        check_rows_are_known,
+                        PEER_NOTES,
+                    ),
+                    ROWS_PER_BATCH,
+                )
+            )
+        return comparisons
 
 
 def _with_rates(comparison: Comparison, num_rows: int) -> Comparison:
@@ -96,7 +143,7 @@ def _with_rates(comparison: Comparison, num_rows: int) -> Comparison:
 
 
 def build_store(folder: Path) -> None:
-    """Write ``store`` and ``sorted.h5ad``: the same cells, in the same order, in both."""
+    """Write ``store`` and ``sorted/cells.h5ad``: the same cells, in the same order, in both."""
     import anndata as ad
     import pandas as pd
     import scipy.sparse as sp
@@ -112,16 +159,18 @@ def build_store(folder: Path) -> None:
         sp.csr_matrix(rng.poisson(rng.gamma(2, mean_G / 2, (SET_LEN, GENES))).astype(np.float32))
         for _ in range(len(names) // SET_LEN)
     ]
-    obs = pd.DataFrame(
-        {"target_gene": pd.Categorical(names)}, index=[f"cell_{i}" for i in range(len(names))]
-    )
+    labels = {"target_gene": names, "batch": ["b0"] * len(names), "cell_type": ["c0"] * len(names)}
+    index = [f"cell_{number}" for number in range(len(names))]
+    obs = pd.DataFrame({key: pd.Categorical(values) for key, values in labels.items()}, index)
     var = pd.DataFrame(index=[f"gene_{i}" for i in range(GENES)])
     ad.AnnData(sp.vstack(blocks).tocsr(), obs=obs, var=var).write_h5ad(folder / "counts.h5ad")
     store = preprocess(
         PreprocessSpec(folder / "counts.h5ad", folder / "store", ObsColumns(), None, {}, 2000, 4096)
     )
     matrix = store.read_csr(0, store.num_cells)
-    ad.AnnData(matrix, var=var).write_h5ad(folder / "sorted.h5ad")
+    (folder / "sorted").mkdir()
+    cells = ad.AnnData(matrix, obs=obs.sort_values("target_gene", kind="stable"), var=var)
+    cells.write_h5ad(folder / "sorted" / "cells.h5ad")
 
 
 def check_same_values(results: Mapping[str, Arrays]) -> None:
@@ -136,6 +185,26 @@ def check_same_values(results: Mapping[str, Arrays]) -> None:
     for name, arrays in others:
         if not np.allclose(arrays["row_sums"], expected["row_sums"], rtol=1e-5, atol=0):
             raise BenchmarkError(f"{first} and {name} do not read the same values")
+
+
+def check_rows_are_known(results: Mapping[str, Arrays]) -> None:
+    """Refuse a side that yields rows which are not in the store.
+
+    Raises
+    ------
+    BenchmarkError
+        If the sum of a row's values is not that of any cell, to 1e-4 of its size, or a side
+        yields another number of rows.
+    """
+    known = np.sort(next(iter(results.values()))["known_sums"])
+    for name, arrays in results.items():
+        sums = arrays["row_sums"].ravel()
+        place = np.clip(np.searchsorted(known, sums), 1, known.size - 1)
+        distance = np.minimum(abs(known[place] - sums), abs(known[place - 1] - sums))
+        if sums.size != ROWS_PER_BATCH or (distance > 1e-4 * sums).any():
+            raise BenchmarkError(
+                f"{name} yields {sums.size} rows, or rows that are not the atlas's"
+            )
 
 
 def prepare_sets(folder: str) -> Task:
@@ -158,7 +227,7 @@ def prepare_backed_sets(folder: str) -> Task:
     """Time slicing a backed AnnData whose cells are sorted as the store's are."""
     import anndata as ad
 
-    matrix = ad.read_h5ad(Path(folder) / "sorted.h5ad", backed="r").X
+    matrix = ad.read_h5ad(Path(folder) / "sorted" / "cells.h5ad", backed="r").X
     return _over_sets(lambda start: matrix[start : start + SET_LEN].toarray(), _sum_rows)
 
 
@@ -216,6 +285,19 @@ def _over_sets(read: Callable[[int], Any], sum_rows: Callable[[Any], Any]) -> Ta
 
 def prepare_loader(folder: str, held: str) -> Task:
     """Time ``CellSetLoader`` with what is named held in memory."""
+    batches = _start_loader(folder, held)
+    for _ in islice(batches, BATCHES):
+        pass
+
+    def run_all() -> Any:
+        for batch in islice(batches, BATCHES):
+            last = batch
+        return last
+
+    return Task(run_all, lambda last: {"row_sums": _sum_rows([last.target_BSG, last.control_BSG])})
+
+
+def _start_loader(folder: str, held: str) -> Iterator[Any]:
     from data_store.loader import CellSetLoader
     from data_store.row_reader import StoreRows
     from data_store.sampler import SetSampler
@@ -229,16 +311,24 @@ def prepare_loader(folder: str, held: str) -> Task:
     }.get(held, np.arange(store.num_cells))
     reader = StoreRows(store, "all", held_rows, dense=held == "dense")
     sampler = SetSampler(sets.sets_per_epoch, 0, SETS_PER_BATCH)
-    batches = CellSetLoader(sets, sampler, reader)
+    return iter(CellSetLoader(sets, sampler, reader))
+
+
+def prepare_one_batch(folder: str) -> Task:
+    """Time the next batch of ``CellSetLoader`` with the controls held in memory."""
+    from data_store.store import Store
+
+    batches = _start_loader(folder, "controls")
     for _ in islice(batches, BATCHES):
         pass
+    store = Store.open(Path(folder) / "store")
 
-    def run_all() -> Any:
-        for batch in islice(batches, BATCHES):
-            last = batch
-        return last
+    def collect(batch: Any) -> Arrays:
+        known = store.read_csr(0, store.num_cells).sum(axis=1, dtype=np.float64)
+        rows = _sum_rows([batch.target_BSG, batch.control_BSG])
+        return {"row_sums": rows, "known_sums": np.asarray(known).ravel()}
 
-    return Task(run_all, lambda last: {"row_sums": _sum_rows([last.target_BSG, last.control_BSG])})
+    return Task(lambda: next(batches), collect)
 
 
 def prepare_backed_batches(folder: str) -> Task:
@@ -249,7 +339,7 @@ def prepare_backed_batches(folder: str) -> Task:
     from data_store.store import Store
 
     sets = _build_sets(Store.open(Path(folder) / "store"))
-    matrix = ad.read_h5ad(Path(folder) / "sorted.h5ad", backed="r").X
+    matrix = ad.read_h5ad(Path(folder) / "sorted" / "cells.h5ad", backed="r").X
     slices = iter(SetSampler(sets.sets_per_epoch, 0, SETS_PER_BATCH))
     shape = (2, SETS_PER_BATCH, SET_LEN, GENES)
     batch = np.empty(shape, dtype=np.float32)

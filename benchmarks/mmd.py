@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.child import Task
-from benchmarks.harness import Arrays, BenchmarkError, Comparison, Side, compare
+from benchmarks.errors import BenchmarkError
+from benchmarks.harness import Arrays, Comparison, Side, compare
 from benchmarks.settings import Settings
 
 SHAPES = ((8, 256, 2000), (16, 128, 2000))

@@ -1,6 +1,6 @@
-"""Preprocessing against scanpy in memory: an h5ad with counts to normalised cells and HVGs.
+"""Preprocessing against scanpy and arc-state: an h5ad with counts to normalised cells and HVGs.
 
-Ours streams the file in blocks and writes a store; scanpy holds the matrix and writes an h5ad.
+Ours streams the file in blocks and writes a store; the others write an h5ad, or nothing.
 Run by ``python -m benchmarks preprocess``. Tests: ``tests/unit/data_store/test_scanpy_parity.py``
 holds the two to the same values.
 """
@@ -16,10 +16,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.child import Task
-from benchmarks.harness import Arrays, BenchmarkError, Comparison, Side, compare
+from benchmarks.errors import BenchmarkError
+from benchmarks.harness import Arrays, Comparison, Side, compare
+from benchmarks.preprocess_peers import (
+    N_TOP_GENES,
+    prepare_arc_state,
+    prepare_scanpy,
+    prepare_scanpy_on_dask,
+)
 from benchmarks.settings import Settings
 
-N_TOP_GENES = 2000
 ROWS_PER_BLOCK = 4096
 WARM_UP_CELLS = 300
 WARM_UP_GENES = 200
@@ -47,20 +53,22 @@ def run(settings: Settings) -> list[Comparison]:
         return [
             compare(
                 f"preprocess to disk, {size}",
-                [
+                settings.measurable(
                     Side("ours", prepare_store, arguments),
                     Side("scanpy", prepare_scanpy, {**arguments, "write": True}),
-                ],
+                    Side("arc-state", prepare_arc_state, arguments, environment="arc"),
+                ),
                 settings.rounds,
                 check_same_genes,
                 WRITE_NOTES,
             ),
             compare(
                 f"read, normalise, select genes, nothing written, {size}",
-                [
+                settings.measurable(
                     Side("ours", prepare_selection, arguments),
                     Side("scanpy", prepare_scanpy, {**arguments, "write": False}),
-                ],
+                    Side("dask", prepare_scanpy_on_dask, arguments, environment="dask"),
+                ),
                 settings.rounds,
                 check_same_genes,
                 HVG_NOTES,
@@ -143,25 +151,4 @@ def prepare_selection(atlas: str, small: str) -> Task:
     return Task(
         partial(select, atlas),
         lambda table: {"highly_variable": table["highly_variable"].to_numpy()},
-    )
-
-
-# No positional flag: the arguments arrive as JSON.
-def prepare_scanpy(*, atlas: str, small: str, write: bool) -> Task:
-    """Time scanpy's usual four lines, and ``write_h5ad`` where asked for."""
-    import scanpy as sc
-
-    def process(source: str, out: str) -> Any:
-        adata = sc.read_h5ad(source)
-        sc.pp.normalize_total(adata)
-        sc.pp.log1p(adata)
-        sc.pp.highly_variable_genes(adata, n_top_genes=N_TOP_GENES, flavor="seurat")
-        if write:
-            adata.write_h5ad(out)
-        return adata
-
-    process(small, "small.h5ad")
-    return Task(
-        partial(process, atlas, "atlas.h5ad"),
-        lambda adata: {"highly_variable": adata.var["highly_variable"].to_numpy()},
     )

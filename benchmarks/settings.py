@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.harness import Side
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -15,3 +17,9 @@ class Settings:
     """Its genes."""
     rounds: int
     """Measured rounds of every comparison."""
+    peers: bool
+    """Whether sides that need an environment of their own are measured."""
+
+    def measurable(self, *sides: Side) -> list[Side]:
+        """Return the sides that may be measured."""
+        return [side for side in sides if self.peers or side.environment is None]

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.differential import check_p_values
-from benchmarks.harness import BenchmarkError, Comparison, Measurement, Side, compare, run_side
+from benchmarks.errors import BenchmarkError
+from benchmarks.harness import Comparison, Measurement, Side, compare, run_side
 from benchmarks.mmd import check_errors
 from benchmarks.preprocess import check_same_genes
 from benchmarks.record import write_results
@@ -47,6 +48,7 @@ def test_peak_memory_is_that_of_the_child_alone():
     large, arrays = run_side(Side("large", hold_memory, {"mib": 200}))
     assert len(held_here) > small.peak_rss_bytes
     assert large.peak_rss_bytes - small.peak_rss_bytes == pytest.approx(199 * MIB, rel=0.1)
+    assert large.peak_growth_bytes == pytest.approx(200 * MIB, rel=0.1)
     assert arrays["length"] == 200 * MIB
 
 
@@ -68,7 +70,7 @@ def test_sides_that_disagree_are_not_compared():
 @pytest.fixture
 def comparison() -> Comparison:
     def cost(cpu_s: float) -> Measurement:
-        return Measurement(cpu_s, 2 * cpu_s, 3 * cpu_s, 10 * MIB)
+        return Measurement(cpu_s, 2 * cpu_s, 3 * cpu_s, 10 * MIB, 4 * MIB)
 
     costs = [(1.0, 2.0), (2.0, 12.0), (4.0, 12.0)]
     return Comparison(
@@ -99,7 +101,7 @@ def test_a_result_file_says_where_it_comes_from(tmp_path, comparison):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["preprocess", "mdd"], "unknown benchmark 'mdd': choose from preprocess, mmd"),
+        (["preprocess", "mdd"], "unknown benchmark 'mdd': choose from preprocess, loader, mmd"),
         (["--rounds", "0"], "'0' is not a whole number of at least 1"),
     ],
 )
