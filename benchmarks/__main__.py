@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import differential, loader, mmd, preprocess
+from benchmarks import differential, evaluate, loader, mmd, preprocess
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import REPO_ROOT, Comparison
 from benchmarks.record import write_results
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Comparison]]] = {
     "loader": loader.run,
     "mmd": mmd.run,
     "differential": differential.run,
+    "evaluate": evaluate.run,
 }
 
 
@@ -28,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parse(given)
     settings = Settings(
-        cells=options.cells, genes=options.genes, rounds=options.rounds, peers=options.peers
+        cells=options.cells,
+        genes=options.genes,
+        rounds=options.rounds,
+        peers=options.peers,
+        large=options.large,
     )
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
@@ -59,6 +64,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cells", type=_positive, default=10_000, help="cells to preprocess")
     parser.add_argument("--genes", type=_positive, default=4_000, help="genes to preprocess")
     parser.add_argument("--rounds", type=_positive, default=3, help="measured rounds a comparison")
+    parser.add_argument(
+        "--large", action="store_true", help="evaluate 30,000 cells x 18,080 genes, too"
+    )
     parser.add_argument(
         "--without-peers",
         dest="peers",

@@ -20,6 +20,9 @@ class Settings:
     peers: bool
     """Whether sides that need an environment of their own are measured."""
 
+    large: bool = False
+    """Whether ``evaluate`` also takes its largest table, which takes its peers an hour."""
+
     def measurable(self, *sides: Side) -> list[Side]:
         """Return the sides that may be measured."""
         return [side for side in sides if self.peers or side.environment is None]
