@@ -208,6 +208,7 @@ def test_files_that_cannot_be_judged_are_named_and_nothing_is_written(
     assert {path.name for path in tmp_path.iterdir()} <= {"real.h5ad", "pred.h5ad", "changed.h5ad"}
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer:UserWarning")
 def test_zarr_half_precision_and_groups_of_one_cell(options, tmp_path):
     cells = ad.read_h5ad(options.pred)
     first = np.flatnonzero(cells.obs["gene"] == "GENE2")[1:]

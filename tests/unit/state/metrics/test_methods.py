@@ -19,9 +19,7 @@ def rank_with_scanpy(table, method):
     labels = np.array(table.label_names)[table.labels]
     cells = ad.AnnData(
         table.values.astype(np.float64),
-        obs=pd.DataFrame(
-            {"gene": pd.Categorical(labels)}, index=np.arange(len(labels)).astype(str)
-        ),
+        obs=pd.DataFrame({"gene": labels}, index=np.arange(len(labels)).astype(str)),
         var=pd.DataFrame(index=list(table.genes)),
     )
     cells.uns["log1p"] = {"base": None}
