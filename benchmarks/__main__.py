@@ -11,7 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from benchmarks import differential, loader, mmd, preprocess, scaling, scaling_store, step
+from benchmarks import (
+    differential,
+    evaluate,
+    loader,
+    mmd,
+    preprocess,
+    scaling,
+    scaling_store,
+    step,
+)
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import REPO_ROOT
 from benchmarks.record import Finding, write_results
@@ -25,6 +34,7 @@ BENCHMARKS: Mapping[str, Callable[[Settings], Sequence[Finding]]] = {
     "atlas": scaling_store.run,
     "step": step.run,
     "scaling": scaling.run,
+    "evaluate": evaluate.run,
 }
 # Takes tens of minutes and gigabytes of disk: only where it is named.
 ASKED_FOR = ("atlas",)
@@ -43,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder=str(options.folder),
         workers=options.workers,
         peers=options.peers,
+        large=options.large,
     )
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
@@ -98,6 +109,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=Path,
         default=Path(tempfile.gettempdir()) / "statewide-atlas",
         help="where its files go; an atlas that is there (N_DEPTH.h5ad) is not simulated again",
+    )
+    parser.add_argument(
+        "--large", action="store_true", help="evaluate 30,000 cells x 18,080 genes, too"
     )
     parser.add_argument(
         "--without-peers",

@@ -22,6 +22,7 @@ from benchmarks.errors import BenchmarkError
 # Versions are part of what a ratio says. torch is named so that every environment has ours.
 REQUIREMENTS: Mapping[str, Sequence[str]] = {
     "arc": ("arc-state==0.11.1", "cell-load==0.10.4", "cell-eval==0.8.2", "torch==2.13.0"),
+    "cell-eval": ("cell-eval==0.8.2", "pdex==0.3.0"),
     "scdataset": ("scDataset==0.3.0", "anndata==0.12.19", "torch==2.13.0"),
     "dask": ("scanpy==1.11.5", "anndata[dask]==0.12.19", "xarray", "zarr==3.1.6"),
 }

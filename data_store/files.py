@@ -126,6 +126,34 @@ def folder_made_whole(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def folder_for_files(final: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, whose files move into ``final`` when the block ends well.
+
+    Other files in ``final`` stay. When the block does not end well, nothing in ``final`` changes.
+
+    Raises
+    ------
+    StoreError
+        When the disk is full, or ``final`` is a file.
+    """
+    if final.exists() and not final.is_dir():
+        raise StoreError(f"{final} is a file, but a folder is to be written: choose another --out")
+    final = final.absolute()
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    with full_disk_is_a_user_error(final):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            sync_tree(partial)
+            final.mkdir(exist_ok=True)
+            for path in sorted(partial.iterdir()):
+                path.replace(final / path.name)
+            _sync_entry(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def full_disk_is_a_user_error(path: Path) -> Iterator[None]:
     """Turn "no space left" and "quota exceeded" into one message that names the path."""
     try:

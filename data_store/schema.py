@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -76,9 +76,52 @@ class CellBatch(NamedTuple):
 ExpressionValues: TypeAlias = sp.csr_matrix | npt.NDArray[np.float32]
 
 
+class CellBlock(NamedTuple):
+    """Some cells of a ``CellSource`` on some of the genes that were asked for."""
+
+    first_cell: int
+    """Row of the source that is the block's first; n rows follow."""
+    values: Any
+    """[n, C] expression: CSR, CSC or dense."""
+    places_C: npt.NDArray[np.int32]
+    """[C] which of the asked genes each column is, counted in the order asked for; -1: none."""
+
+
+class CellSource(Protocol):
+    """Log-normalised expression of labelled cells, which need not fit into memory."""
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Gene names, length G."""
+        ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """[N] index of each cell's perturbation in ``label_names``."""
+        ...
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Perturbation names, control included."""
+        ...
+
+    @property
+    def control(self) -> str:
+        """The name in ``label_names`` that marks control cells."""
+        ...
+
+    def iterate_columns(self, columns: npt.NDArray[np.int64]) -> Iterator[CellBlock]:
+        """Yield blocks that together hold each cell's value of each asked gene once."""
+        ...
+
+    def read_rows(self, rows: npt.NDArray[np.int64]) -> ExpressionValues:
+        """Return [n, G] float32 values of some cells, in the order asked for."""
+        ...
+
+
 @dataclass(frozen=True)
 class CellTable:
-    """Log-normalised expression of labelled cells, for evaluation and baselines."""
+    """Log-normalised expression of labelled cells in memory: a ``CellSource``."""
 
     values: ExpressionValues
     """[N, G] log1p expression; CSR or dense float32."""
@@ -90,6 +133,20 @@ class CellTable:
     """Perturbation names, control included."""
     control: str
     """The name in ``label_names`` that marks control cells."""
+
+    def iterate_columns(self, columns: npt.NDArray[np.int64]) -> Iterator[CellBlock]:
+        """Yield one block with all cells."""
+        if sp.issparse(self.values):
+            places_C = np.full(len(self.genes), -1, dtype=np.int32)
+            places_C[columns] = np.arange(len(columns))
+            yield CellBlock(0, self.values, places_C)
+        else:
+            places_C = np.arange(len(columns), dtype=np.int32)
+            yield CellBlock(0, self.values[:, columns], places_C)
+
+    def read_rows(self, rows: npt.NDArray[np.int64]) -> ExpressionValues:
+        """Return [n, G] values of some cells."""
+        return self.values[rows]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def read_cell_table(
     """
     if columns.pert_col is None:
         raise StoreError(f"{path}: the obs column with the perturbations (pert_col) must be named")
-    matrix, obs, names = _read_elements(path)
+    obs, names = read_names(path)
+    (matrix,) = _read_elements(path, ("X",))
     labels = read_labels(obs, columns.pert_col, "pert_col", path)
     if columns.control_pert not in labels.names:
         raise StoreError(
@@ -75,28 +76,37 @@ def read_cell_table(
     return CellTable(values, names, labels.codes, labels.names, columns.control_pert)
 
 
-def _read_elements(path: Path) -> tuple[Any, pd.DataFrame, tuple[str, ...]]:
-    if is_store(path):
-        # Its X holds raw counts.
-        store = Store.open(path)
-        obs = store.read_obs(np.arange(store.num_cells))
-        return store.read_csr(0, store.num_cells), obs, store.genes
-    if path.is_dir():
-        try:
-            group = zarr.open_group(LocalStore(path, read_only=True), mode="r")
-            matrix, obs, var = (read_elem(group[key]) for key in ("X", "obs", "var"))
-        except (NodeNotFoundError, KeyError, ValueError) as error:
-            raise StoreError(f"{path} is not an AnnData zarr folder: {error}") from error
-    else:
-        with open_anndata(path) as file:
-            try:
-                matrix, obs, var = (read_elem(file[key]) for key in ("X", "obs", "var"))
-            except (KeyError, ValueError, OSError) as error:
-                raise StoreError(f"{path} cannot be read as an h5ad: {error}") from error
+def read_names(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Read ``obs`` and the gene names of an h5ad or a zarr folder.
+
+    Raises
+    ------
+    StoreError
+        If the file cannot be read, or names a gene twice.
+    """
+    obs, var = _read_elements(path, ("obs", "var"))
     names = tuple(str(name) for name in var.index)
     if len(set(names)) < len(names):
         raise StoreError(f"{path} has gene names more than once; adata.var_names_make_unique()")
-    return matrix, obs, names
+    return obs, names
+
+
+def _read_elements(path: Path, keys: tuple[str, ...]) -> tuple[Any, ...]:
+    if keys == ("X",) and is_store(path):
+        # Its X holds raw counts.
+        store = Store.open(path)
+        return (store.read_csr(0, store.num_cells),)
+    if path.is_dir():
+        try:
+            group = zarr.open_group(LocalStore(path, read_only=True), mode="r")
+            return tuple(read_elem(group[key]) for key in keys)
+        except (NodeNotFoundError, KeyError, ValueError) as error:
+            raise StoreError(f"{path} is not an AnnData zarr folder: {error}") from error
+    with open_anndata(path) as file:
+        try:
+            return tuple(read_elem(file[key]) for key in keys)
+        except (KeyError, ValueError, OSError) as error:
+            raise StoreError(f"{path} cannot be read as an h5ad: {error}") from error
 
 
 def _as_float32(matrix: Any, path: Path) -> ExpressionValues:
@@ -153,7 +163,8 @@ def write_predictions(
     path
         The h5ad to write or replace.
     values
-        [N, G] log1p expression, CSR or dense; stored as float32, uncompressed.
+        [N, G] log1p expression, CSR or dense; stored as float32, uncompressed, in whichever of the
+        two forms is smaller.
     genes
         [G] gene names.
     obs
@@ -165,7 +176,9 @@ def write_predictions(
         If the disk is full.
     """
     table = ad.AnnData(
-        _as_float32(values, path), obs=obs, var=pd.DataFrame(index=pd.Index(genes, dtype=object))
+        _as_smaller_form(_as_float32(values, path)),
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(genes, dtype=object)),
     )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with full_disk_is_a_user_error(path):
@@ -177,6 +190,13 @@ def write_predictions(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _as_smaller_form(values: ExpressionValues) -> ExpressionValues:
+    """Return CSR where that takes less room: a value with its index is twice a value."""
+    if sp.issparse(values) or 2 * np.count_nonzero(values) >= values.size:
+        return values
+    return sp.csr_matrix(values)
 
 
 def compute_mean(

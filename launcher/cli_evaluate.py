@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli_options import AddressOpt, open_cluster
+
 PertColOpt = Annotated[str, typer.Option(help="obs column with the perturbed gene.")]
 ControlOpt = Annotated[str, typer.Option(help="Label of the control cells in that column.")]
 
@@ -32,6 +34,17 @@ def evaluate(
     fdr: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="A gene is significant below this FDR.")
     ] = 0.05,
+    method: Annotated[
+        str, typer.Option(help="wilcoxon, t-test, t-test_overestim_var or logfc (no test).")
+    ] = "wilcoxon",
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps the tests of the truth for the next prediction."),
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread blocks of genes over Ray (all cores here).")
+    ] = False,
+    address: AddressOpt = None,
     pert_col: PertColOpt = "target_gene",
     control: ControlOpt = "non-targeting",
 ) -> None:
@@ -41,18 +54,25 @@ def evaluate(
     """
     from data_store.schema import ObsColumns
     from launcher.evaluate_files import FileEvaluation, evaluate_files
-    from state.metrics.profiles import Conventions, find_profile
+    from state.metrics.profiles import ControlChoice, Conventions, find_method, find_profile
 
+    profile_name = find_profile(profile)
+    control_choice: ControlChoice = "real" if real_control else "own"
     options = FileEvaluation(
         real=real,
         pred=pred,
         out=out,
         columns=ObsColumns(pert_col=pert_col, control_pert=control),
-        conventions=Conventions(find_profile(profile), fdr, "real" if real_control else "own"),
+        conventions=Conventions(profile_name, fdr, control_choice, find_method(method)),
         baseline=baseline,
         common_genes=common_genes,
+        cache=cache,
     )
-    typer.echo(evaluate_files(options))
+    if not ray and address is None:
+        typer.echo(evaluate_files(options))
+        return
+    with open_cluster(address, local=False) as (cluster, _):
+        typer.echo(evaluate_files(options, cluster.run_tasks))
 
 
 def score(

@@ -5,24 +5,28 @@ The tables have cell-eval's names and columns, so that scripts made for it keep 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from data_store.files import write_text_atomically
-from data_store.schema import CellTable, ObsColumns
-from data_store.tables import read_cell_table
+from data_store.cell_file import CellFile, open_cells, readable_by_row
+from data_store.files import folder_for_files, write_text_atomically
+from data_store.schema import CellSource, ObsColumns, TaskRunner, run_in_process
+from launcher.cell_tests import digest_side, judge_side, keep_side, scan_tables
 from launcher.errors import LaunchError
 from launcher.evaluation_tables import as_arrow, results_table, write_table
-from state.evaluate import Evaluation, evaluate, prepare_prediction
+from state.evaluate import Evaluation, Side, compare, judge_prediction
 from state.metrics.aggregate import score
-from state.metrics.differential import compute_differential
+from state.metrics.differential import DifferentialTable
+from state.metrics.judged_cells import JudgedCells, judge_table, with_control_of
 from state.metrics.profiles import Conventions
-from state.metrics.pseudobulk import compute_pseudobulks
-from state.metrics.tables import group_cells, keep_common_genes
+from state.metrics.repeated_cells import repeat_cell_mean
+from state.metrics.tables import check_same_names, check_same_perturbations, find_common_genes
 
 CELL_MEAN: Final = "cell_mean"
 """The baseline that is made from the truth: its mean over all groups, for every cell."""
@@ -41,43 +45,154 @@ class FileEvaluation:
     """A prediction to score against, or ``cell_mean``."""
     common_genes: bool = False
     """Leave out genes that only one side has, instead of refusing."""
+    cache: Path | None = None
+    """Folder that keeps what was computed of the truth for the next prediction."""
 
 
-def evaluate_files(options: FileEvaluation) -> str:
+@dataclass(frozen=True)
+class _Truth:
+    """The real cells, and what is known of them."""
+
+    source: CellFile
+    cells: JudgedCells
+    side: Side
+
+
+def evaluate_files(options: FileEvaluation, run_tasks: TaskRunner = run_in_process) -> str:
     """Judge one prediction file against one truth file; write tables and return a summary.
 
     Writes results.csv, agg_results.csv, real_de.csv and pred_de.csv, and with a baseline
-    baseline_results.csv, baseline_agg_results.csv and score.csv, each with a Parquet twin.
+    baseline_results.csv, baseline_agg_results.csv and score.csv, each with a Parquet twin. Both
+    files stay on disk and are read in blocks.
 
     Raises
     ------
     UserError
-        If a file cannot be read, or the two cannot be compared.
+        If a file cannot be read, or the two cannot be compared; nothing is written then.
     """
-    real, conventions = read_cell_table(options.real, options.columns), options.conventions
-    pred, notes = read_cell_table(options.pred, options.columns), []
-    if options.common_genes:
-        real, pred, report = keep_common_genes(real, pred)
-        notes += [report] if report else []
-    pred = prepare_prediction(real, pred, conventions)
-    real_de, pred_de = (
-        compute_differential(table, is_vcc2025=conventions.is_vcc2025) for table in (real, pred)
+    conventions, notes = options.conventions, []
+    with ExitStack() as stack:
+        real, pred = (_open(path, options, stack) for path in (options.real, options.pred))
+        baseline = _open_baseline(options, stack)
+        genes = real.genes
+        if options.common_genes:
+            genes, report = find_common_genes(real, pred)
+            notes += [report] if report else []
+            check_same_perturbations(real, pred)
+        else:
+            check_same_names(real, pred)
+        if baseline is not None:
+            _check_baseline(baseline, genes, real, options)
+        truth, side = _judge_both(options, real, pred, genes, run_tasks)
+        evaluation = compare(truth.side, side, conventions)
+        base = None
+        if options.baseline is not None:
+            base_side = _judge_baseline(options, truth, baseline, run_tasks)
+            base = compare(truth.side, base_side, conventions)
+    with folder_for_files(options.out) as out:
+        notes += _write_all(out, evaluation, (truth.side, side), base, options)
+    return "\n".join([*_describe(evaluation, conventions), *notes, f"tables: {options.out}"])
+
+
+def _open(path: Path, options: FileEvaluation, stack: ExitStack) -> CellFile:
+    cells = open_cells(path, options.columns)
+    if not options.conventions.needs_energy:
+        return cells
+    return stack.enter_context(readable_by_row(cells, options.out.absolute().parent))
+
+
+def _judge_both(
+    options: FileEvaluation,
+    real: CellFile,
+    pred: CellFile,
+    genes: tuple[str, ...],
+    run_tasks: TaskRunner,
+) -> tuple[_Truth, Side]:
+    conventions = options.conventions
+    tables: dict[str, CellSource] = {
+        f"the truth ({options.real})": real,
+        f"the prediction ({options.pred})": pred,
+    }
+    real_scan, pred_scan = scan_tables(tables, run_tasks)
+    cells = judge_table(real, genes)
+    key = "" if options.cache is None else digest_side(real, genes, conventions)
+    real_side = keep_side(
+        options.cache, key, lambda: judge_side(cells, [real_scan], conventions, run_tasks)
     )
-    evaluation = evaluate(real, pred, real_de=real_de, pred_de=pred_de, conventions=conventions)
-    out = options.out
-    for name, differential in (("real_de", real_de), ("pred_de", pred_de)):
-        write_table(out / f"{name}.csv", as_arrow(differential.to_frame()))
+    pred_cells = judge_prediction(real, pred, conventions, genes)
+    scans = [pred_scan, real_scan][: len(pred_cells.parts)]
+    return _Truth(real, cells, real_side), judge_side(pred_cells, scans, conventions, run_tasks)
+
+
+def _judge_baseline(
+    options: FileEvaluation, truth: _Truth, baseline: CellFile | None, run_tasks: TaskRunner
+) -> Side:
+    conventions = options.conventions
+    name, truth_name = f"the baseline ({options.baseline})", f"the truth ({options.real})"
+    if baseline is None:
+        repeated = repeat_cell_mean(truth.source, truth.side.differential)
+        cells = with_control_of(judge_table(repeated), truth.cells)
+        tables: dict[str, CellSource] = {name: repeated, truth_name: truth.source}
+    else:
+        cells = judge_prediction(truth.source, baseline, conventions, truth.cells.genes)
+        tables = {name: baseline, truth_name: truth.source}
+    needed = dict(list(tables.items())[: len(cells.parts)])
+    return judge_side(cells, scan_tables(needed, run_tasks), conventions, run_tasks)
+
+
+def _open_baseline(options: FileEvaluation, stack: ExitStack) -> CellFile | None:
+    if options.baseline is None or options.baseline == CELL_MEAN:
+        return None
+    path = Path(options.baseline)
+    if not path.exists():
+        raise LaunchError(
+            f"--baseline {options.baseline!r} is neither a file nor {CELL_MEAN!r}: give an h5ad "
+            f"or zarr with predicted cells, or {CELL_MEAN}"
+        )
+    return _open(path, options, stack)
+
+
+def _check_baseline(
+    baseline: CellFile, genes: tuple[str, ...], real: CellFile, options: FileEvaluation
+) -> None:
+    if not options.common_genes:
+        check_same_names(real, baseline)
+        return
+    check_same_perturbations(real, baseline)
+    lacking = sorted(set(genes) - set(baseline.genes))
+    if lacking:
+        raise LaunchError(
+            f"--baseline {options.baseline} lacks {len(lacking)} of the {len(genes)} genes that "
+            f"truth and prediction have in common, such as {lacking[0]!r}"
+        )
+
+
+def _write_all(
+    out: Path,
+    evaluation: Evaluation,
+    sides: tuple[Side, Side],
+    base: Evaluation | None,
+    options: FileEvaluation,
+) -> list[str]:
+    """Write all tables, and return what the summary says of the score."""
+    for name, side in zip(("real_de", "pred_de"), sides, strict=True):
+        write_table(out / f"{name}.csv", _iterate_tables(side.differential))
     _write_evaluation(out, "", evaluation)
-    if options.baseline is not None:
-        baseline = _read_baseline(options, real)
-        base = evaluate(real, baseline, real_de=real_de, conventions=conventions)
-        _write_evaluation(out, "baseline_", base)
-        scores = score(evaluation.summary, base.summary)
-        write_table(out / "score.csv", as_arrow(scores))
-        value = 100 * float(scores["from_baseline"].iloc[-1])
-        name = "Overall" if conventions.profile in ("vcc", "vcc2025") else "100 x avg_score"
-        notes.append(f"{name} {value:.2f} against {options.baseline}")
-    return "\n".join([*_describe(evaluation, conventions), *notes, f"tables: {out}"])
+    if base is None:
+        return []
+    _write_evaluation(out, "baseline_", base)
+    scores = score(evaluation.summary, base.summary)
+    write_table(out / "score.csv", [as_arrow(scores)])
+    value = 100 * float(scores["from_baseline"].iloc[-1])
+    profile = options.conventions.profile
+    name = "Overall" if profile in ("vcc", "vcc2025") else "100 x avg_score"
+    return [f"{name} {value:.2f} against {options.baseline}"]
+
+
+def _iterate_tables(differential: DifferentialTable) -> Iterator[pa.Table]:
+    """Give the rows of one perturbation after the other: all at once would fill gigabytes."""
+    for pert in range(len(differential.names)):
+        yield as_arrow(differential.select(slice(pert, pert + 1)).to_frame())
 
 
 def score_files(user: Path, against: Path, out: Path | None) -> str:
@@ -89,30 +204,8 @@ def score_files(user: Path, against: Path, out: Path | None) -> str:
 
 
 def _write_evaluation(out: Path, prefix: str, evaluation: Evaluation) -> None:
-    write_table(out / f"{prefix}results.csv", results_table(evaluation))
-    write_table(out / f"{prefix}agg_results.csv", as_arrow(evaluation.summary))
-
-
-def _read_baseline(options: FileEvaluation, real: CellTable) -> CellTable:
-    if options.baseline == CELL_MEAN:
-        return _repeat_cell_mean(real)
-    path = Path(str(options.baseline))
-    if not path.exists():
-        raise LaunchError(
-            f"--baseline {options.baseline!r} is neither a file nor {CELL_MEAN!r}: give an h5ad "
-            f"or zarr with predicted cells, or {CELL_MEAN}"
-        )
-    genes = real.genes if options.common_genes else None
-    return read_cell_table(path, options.columns, genes)
-
-
-def _repeat_cell_mean(real: CellTable) -> CellTable:
-    """Predict the unweighted mean over all groups, the control too, beside the real controls."""
-    groups = group_cells(real)
-    mean_G = compute_pseudobulks(real.values, groups).mean(axis=0).astype(np.float32)
-    values = real.values if isinstance(real.values, np.ndarray) else real.values.toarray()
-    is_control = groups.codes_N == len(groups.names)
-    return replace(real, values=np.where(is_control[:, None], values, mean_G))
+    write_table(out / f"{prefix}results.csv", [results_table(evaluation)])
+    write_table(out / f"{prefix}agg_results.csv", [as_arrow(evaluation.summary)])
 
 
 def _describe(evaluation: Evaluation, conventions: Conventions) -> list[str]:

@@ -2,69 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from pathlib import Path
-
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from data_store.cell_file import open_cells
 from data_store.files import folder_made_whole, write_text_atomically
-from data_store.schema import ObsColumns, TaskRunner
-from data_store.tables import read_cell_table
+from data_store.schema import CellSource, ObsColumns, TaskRunner
+from launcher.cell_tests import digest_side, judge_side, keep_side, scan_tables
 from launcher.predict_job import TRUTH
 from launcher.run_folder import RunFolder
 from state.config import RunConfig
-from state.evaluate import Evaluation, evaluate
+from state.evaluate import Evaluation, compare, judge_prediction
 from state.leaderboard import build_leaderboard, leaderboard_to_csv, leaderboard_to_markdown
-from state.metrics.differential import DifferentialTable, compute_differential
+from state.metrics.judged_cells import judge_table
 from state.metrics.profiles import Conventions
-
-_DIFFERENTIAL_ARRAYS = (
-    *("num_cells_P", "p_value", "fdr", "statistic"),
-    *("log2_fold_change", "target_mean", "ref_mean"),
-)
+from state.metrics.tables import check_same_names
 
 LEADERBOARD_NAME = "leaderboard.csv"
-
-
-@dataclass(frozen=True)
-class EvaluateTask:
-    """One prediction to judge; picklable, and small."""
-
-    model: str
-    real: Path
-    pred: Path
-    real_de: Path
-    columns: ObsColumns
-    fdr: float
 
 
 def evaluate_run(config: RunConfig, folder: RunFolder, run_tasks: TaskRunner) -> None:
     """Write per-perturbation tables and the leaderboard of all predictions of a run.
 
-    The truth's differential expression is computed once and shared by all models. The folder
-    ``evaluation/`` appears when everything in it is written.
+    The truth's differential expression is computed once, kept in the run folder and shared by all
+    models. The folder ``evaluation/`` appears when everything in it is written.
     """
+    conventions = Conventions(fdr=config.evaluate.fdr)
     with folder_made_whole(folder.evaluation) as partial:
-        tasks = [
-            EvaluateTask(
-                model=path.stem,
-                real=folder.predictions / f"{TRUTH}.h5ad",
-                pred=path,
-                real_de=partial / "real_de.npz",
-                columns=config.data.columns,
-                fdr=config.evaluate.fdr,
-            )
-            for path in sorted(folder.predictions.glob("*.h5ad"))
-            if path.stem != TRUTH
-        ]
-        list(run_tasks(write_real_differential, tasks[:1], what="true effects", unit="tables"))
-        tables = run_tasks(evaluate_prediction, tasks, what="evaluating", unit="models")
-        evaluations = {
-            task.model: Evaluation(table) for task, table in zip(tasks, tables, strict=True)
-        }
+        evaluations = judge_predictions(folder, config.data.columns, conventions, run_tasks)
         for model, evaluation in evaluations.items():
             table_path = partial / f"{model}_per_perturbation.csv"
             evaluation.per_perturbation.to_csv(table_path, index=False)
@@ -73,20 +39,35 @@ def evaluate_run(config: RunConfig, folder: RunFolder, run_tasks: TaskRunner) ->
         write_text_atomically(partial / "leaderboard.md", leaderboard_to_markdown(leaderboard))
 
 
-def write_real_differential(task: EvaluateTask) -> None:
-    """Compute the truth's differential expression and write it where the other tasks read it."""
-    table = compute_differential(read_cell_table(task.real, task.columns))
-    np.savez(task.real_de, **{f.name: getattr(table, f.name) for f in fields(table)})
+def judge_predictions(
+    folder: RunFolder, columns: ObsColumns, conventions: Conventions, run_tasks: TaskRunner
+) -> dict[str, Evaluation]:
+    """Judge every prediction of a run, by model: each block of genes is a task of its own.
 
-
-def evaluate_prediction(task: EvaluateTask) -> pd.DataFrame:
-    """Judge one prediction; return one row a perturbation."""
-    real = read_cell_table(task.real, task.columns)
-    pred = read_cell_table(task.pred, task.columns)
-    real_de = _read_differential(task.real_de)
-    return evaluate(
-        real, pred, real_de=real_de, conventions=Conventions(fdr=task.fdr)
-    ).per_perturbation
+    Raises
+    ------
+    UserError
+        If a prediction cannot be compared with the truth.
+    """
+    paths = sorted(folder.predictions.glob("*.h5ad"))
+    files = {path.stem: open_cells(path, columns) for path in paths}
+    real = files.pop(TRUTH)
+    for pred in files.values():
+        check_same_names(real, pred)
+    tables: dict[str, CellSource] = {f"the prediction of {model}": files[model] for model in files}
+    real_scan, *scans = scan_tables({"the truth": real, **tables}, run_tasks)
+    real_side = keep_side(
+        folder.path / "cache",
+        digest_side(real, real.genes, conventions),
+        lambda: judge_side(judge_table(real), [real_scan], conventions, run_tasks),
+    )
+    evaluations = {}
+    for (model, pred), scan in zip(files.items(), scans, strict=True):
+        cells = judge_prediction(real, pred, conventions)
+        pred_scans = [scan, real_scan][: len(cells.parts)]
+        side = judge_side(cells, pred_scans, conventions, run_tasks)
+        evaluations[model] = compare(real_side, side, conventions)
+    return evaluations
 
 
 def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None:
@@ -112,14 +93,3 @@ def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None
     console.print(
         f"TensorBoard: tensorboard --logdir {folder.path / 'tb'}", soft_wrap=True, highlight=False
     )
-
-
-def _read_differential(path: Path) -> DifferentialTable:
-    with np.load(path) as arrays:
-        return DifferentialTable(
-            names=tuple(arrays["names"].tolist()),
-            genes=tuple(arrays["genes"].tolist()),
-            control=str(arrays["control"]),
-            num_control_cells=int(arrays["num_control_cells"]),
-            **{name: arrays[name] for name in _DIFFERENTIAL_ARRAYS},
-        )

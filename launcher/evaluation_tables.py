@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -9,21 +11,29 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 
-from data_store.files import write_bytes_atomically
 from state.evaluate import Evaluation
 from state.metrics.aggregate import is_absent
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write ``path`` (a csv) and its Parquet twin; an absent value is empty, NaN is ``nan``."""
-    try:
-        content = _as_csv(table, quoting_style="none")
-    except pa.ArrowInvalid:  # a name with a comma, quote or line break
-        content = _as_csv(table, quoting_style="needed")
-    write_bytes_atomically(path, content)
-    sink = pa.BufferOutputStream()
-    pa_parquet.write_table(table, sink, compression="zstd")
-    write_bytes_atomically(path.with_suffix(".parquet"), sink.getvalue().to_pybytes())
+def write_table(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write ``path`` (a csv) and its Parquet twin, from tables of the same columns in turn.
+
+    An absent value is empty, NaN is ``nan``. Names are quoted where they must be.
+    """
+    with path.open("wb") as handle, ExitStack() as stack:
+        writer: pa_parquet.ParquetWriter | None = None
+        for table in tables:
+            if writer is None:
+                handle.write((",".join(table.column_names) + "\n").encode())
+                twin = path.with_suffix(".parquet")
+                opened = pa_parquet.ParquetWriter(twin, table.schema, compression="zstd")
+                writer = stack.enter_context(opened)
+            writer.write_table(table)
+            try:
+                content = _as_csv(table, quoting_style="none")
+            except pa.ArrowInvalid:  # a name with a comma, quote or line break
+                content = _as_csv(table, quoting_style="needed")
+            handle.write(content)
 
 
 def as_arrow(frame: pd.DataFrame) -> pa.Table:
@@ -42,9 +52,8 @@ def results_table(evaluation: Evaluation) -> pa.Table:
     return pa.table(columns)
 
 
-def _as_csv(table: pa.Table, *, quoting_style: str) -> bytes:
-    header = ",".join(table.column_names) + "\n"
+def _as_csv(table: pa.Table, *, quoting_style: str) -> memoryview:
     options = pa_csv.WriteOptions(include_header=False, quoting_style=quoting_style)
     sink = pa.BufferOutputStream()
     pa_csv.write_csv(table, sink, options)
-    return header.encode() + bytes(sink.getvalue().to_pybytes())
+    return memoryview(sink.getvalue())

@@ -1,26 +1,32 @@
 """From predicted and true cells to one row of metrics a perturbation.
 
 ``evaluate`` judges one model; the truth's differential expression can be computed once and handed
-to every call. ``state.leaderboard`` puts several models side by side. Definitions:
-``state.metrics``. Shape legend: N cells, G genes, P perturbations.
+to every call. ``launcher.cell_tests`` does the same step by step, for files of any size, and ends
+with ``compare``. ``state.leaderboard`` puts several models side by side. Definitions:
+``state.metrics``. Shape legend: G genes, P perturbations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy.sparse as sp
 
-from data_store.schema import CellTable
+from data_store.schema import CellSource
 from state.metrics import agreement
 from state.metrics.aggregate import summarize
-from state.metrics.differential import DifferentialTable, compute_differential
+from state.metrics.differential import (
+    DifferentialTable,
+    RankSums,
+    compute_rank_sums,
+    finish_differential,
+    plan_gene_blocks,
+)
 from state.metrics.discrimination import (
     Distance,
     compute_discrimination,
@@ -29,10 +35,19 @@ from state.metrics.discrimination import (
 from state.metrics.energy import compute_energy_distances, correlate_energy_distances
 from state.metrics.error import compute_mae, compute_mae_top, compute_mse, compute_pearson
 from state.metrics.errors import EvaluationError
+from state.metrics.judged_cells import (
+    CellScan,
+    JudgedCells,
+    check_values,
+    count_nonzeros,
+    judge_table,
+    scan_cells,
+    with_control_of,
+)
 from state.metrics.overlap import RankedGenes, compute_overlap, count_ties_at_cut, rank_genes
 from state.metrics.profiles import CUTOFFS, Conventions
-from state.metrics.pseudobulk import compute_effects, compute_pseudobulks
-from state.metrics.tables import CellGroups, align_prediction, check_table, group_cells
+from state.metrics.pseudobulk import compute_effects
+from state.metrics.tables import check_names, check_same_names
 
 COLUMN_OF: Final = {"des": "overlap_at_N", "pds": "discrimination_score_l1", "mae": "mae"}
 """The per-perturbation column that each primary metric averages."""
@@ -68,16 +83,30 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Side:
+    """What is known of one side of a comparison; its cells are needed no more."""
+
+    differential: DifferentialTable
+    """Tests and means of every perturbation and gene."""
+    energy_P: npt.NDArray[np.float64] | None = None
+    """[P] energy distances to the control, where the profile asks for them."""
+
+
+@dataclass(frozen=True)
 class _Comparison:
     """One pair of truth and prediction, with what several metrics share, made when needed."""
 
-    real: CellTable
-    pred: CellTable
-    real_groups: CellGroups
-    pred_groups: CellGroups
-    real_de: DifferentialTable
-    pred_de: DifferentialTable
+    real: Side
+    pred: Side
     conventions: Conventions
+
+    @property
+    def real_de(self) -> DifferentialTable:
+        return self.real.differential
+
+    @property
+    def pred_de(self) -> DifferentialTable:
+        return self.pred.differential
 
     @cached_property
     def genes(self) -> RankedGenes:
@@ -85,11 +114,11 @@ class _Comparison:
 
     @cached_property
     def real_means(self) -> npt.NDArray[np.float64]:
-        return compute_pseudobulks(self.real.values, self.real_groups)
+        return self.real_de.pseudobulks
 
     @cached_property
     def pred_means(self) -> npt.NDArray[np.float64]:
-        return compute_pseudobulks(self.pred.values, self.pred_groups)
+        return self.pred_de.pseudobulks
 
     @cached_property
     def real_effects(self) -> npt.NDArray[np.float64]:
@@ -104,7 +133,7 @@ class _Comparison:
         return agreement.compute_auc(self.real_de, self.pred_de, fdr=self.conventions.fdr)
 
     def discrimination(self, distance: Distance) -> npt.NDArray[np.float64]:
-        names, genes = self.real_groups.names, self.real.genes
+        names, genes = self.real_de.names, self.real_de.genes
         return compute_discrimination(self.real_effects, self.pred_effects, names, genes, distance)
 
     def discrimination_rank1(self) -> npt.NDArray[np.float64]:
@@ -117,10 +146,9 @@ class _Comparison:
         )
 
     def pearson_edistance(self) -> float:
-        return correlate_energy_distances(
-            compute_energy_distances(self.real.values, self.real_groups),
-            compute_energy_distances(self.pred.values, self.pred_groups),
-        )
+        if self.real.energy_P is None or self.pred.energy_P is None:
+            raise EvaluationError("pearson_edistance needs the energy distances of both sides")
+        return correlate_energy_distances(self.real.energy_P, self.pred.energy_P)
 
 
 def _overlap_at(most: int) -> Callable[[_Comparison], Any]:
@@ -164,8 +192,8 @@ _METRICS: Final[dict[str, Callable[[_Comparison], Any]]] = {
 
 
 def evaluate(
-    real: CellTable,
-    pred: CellTable,
+    real: CellSource,
+    pred: CellSource,
     *,
     real_de: DifferentialTable | None = None,
     pred_de: DifferentialTable | None = None,
@@ -181,7 +209,7 @@ def evaluate(
     real_de
         ``compute_differential(real)``, if at hand.
     pred_de
-        The same of ``prepare_prediction(real, pred, conventions)``.
+        That of the prediction on the truth's genes and the conventions' control.
     conventions
         Metrics, significance and the control of the prediction; default: ``Conventions()``.
 
@@ -192,51 +220,76 @@ def evaluate(
         perturbations, or a given differential table belongs to other cells.
     """
     conventions = conventions or Conventions()
-    check_table(real, "the truth")
-    pred = prepare_prediction(real, pred, conventions)
-    is_vcc2025 = conventions.is_vcc2025
-    if real_de is None:
-        real_de = compute_differential(real, is_vcc2025=is_vcc2025)
-    if pred_de is None:
-        pred_de = compute_differential(pred, is_vcc2025=is_vcc2025)
-    pair = _Comparison(
-        *(real, pred, group_cells(real), group_cells(pred), real_de, pred_de, conventions)
-    )
-    for name, table in (("real_de", real_de), ("pred_de", pred_de)):
-        if (table.names, table.genes) != (pair.real_groups.names, real.genes):
+    scans = []
+    for source, what in ((real, "the truth"), (pred, "the prediction")):
+        check_names(source, what)
+        scans.append(scan_cells(source))
+        check_values(scans[-1], what)
+    check_same_names(real, pred)
+    real_cells, pred_cells = judge_table(real), judge_prediction(real, pred, conventions)
+    sides = []
+    for name, cells, table in (("real_de", real_cells, real_de), ("pred_de", pred_cells, pred_de)):
+        if table is None:
+            own_scans = scans[:1] if cells is real_cells else [scans[1], scans[0]]
+            table = _test(cells, own_scans[: len(cells.parts)], conventions)
+        elif (table.names, table.genes) != (real_cells.names, real_cells.genes):
             raise EvaluationError(
                 f"{name} was computed for other perturbations or genes than the truth has: "
                 "pass compute_differential of the same cells, or leave it out"
             )
-    columns = dict.fromkeys((*conventions.columns, *_COUNTS))
+        energy_P = compute_energy_distances(cells) if conventions.needs_energy else None
+        sides.append(Side(table, energy_P))
+    return compare(sides[0], sides[1], conventions)
+
+
+def compare(real: Side, pred: Side, conventions: Conventions) -> Evaluation:
+    """Compute a profile's metrics from what is known of both sides.
+
+    Raises
+    ------
+    EvaluationError
+        If a metric needs tests and there are none (``logfc``).
+    """
+    pair = _Comparison(real, pred, conventions)
+    counts = _COUNTS if conventions.has_tests else ()
+    columns = dict.fromkeys((*conventions.columns, *counts))
     frame = pd.DataFrame(
         {
-            "perturbation": list(pair.real_groups.names),
+            "perturbation": list(real.differential.names),
             **{name: _METRICS[name](pair) for name in columns},
-            "num_cells": pair.real_groups.sizes[:-1],
+            "num_cells": real.differential.num_cells_P,
         }
     )
-    return Evaluation(frame, conventions.columns, count_ties_at_cut(pred_de, pair.genes))
+    ties = count_ties_at_cut(pred.differential, pair.genes) if conventions.has_tests else 0
+    return Evaluation(frame, conventions.columns, ties)
 
 
-def prepare_prediction(real: CellTable, pred: CellTable, conventions: Conventions) -> CellTable:
-    """Check a prediction, order its genes as the truth's, and give it the control to stand on."""
-    check_table(pred, "the prediction")
-    pred = align_prediction(real, pred)
-    return pred if conventions.control == "own" else _with_control_of(real, pred)
+def judge_prediction(
+    real: CellSource,
+    pred: CellSource,
+    conventions: Conventions,
+    genes: tuple[str, ...] | None = None,
+) -> JudgedCells:
+    """Take a prediction on the truth's genes, or the given ones, and on the control it stands on.
+
+    Raises
+    ------
+    EvaluationError
+        If one side has no control, or nothing else.
+    """
+    genes = genes or real.genes
+    cells = judge_table(pred, genes)
+    return (
+        cells if conventions.control == "own" else with_control_of(cells, judge_table(real, genes))
+    )
 
 
-def _with_control_of(real: CellTable, pred: CellTable) -> CellTable:
-    """Replace the control cells of a prediction by those of the truth."""
-    perturbed = pred.labels != pred.label_names.index(pred.control)
-    control = real.labels == real.label_names.index(real.control)
-    parts = [pred.values[perturbed], real.values[control]]
-    if any(not sp.issparse(part) for part in parts):
-        parts = [part.toarray() if sp.issparse(part) else part for part in parts]
-        values = np.concatenate(parts)
-    else:
-        values = sp.vstack(parts, format="csr")
-    num_control = int(control.sum())
-    control_labels = np.full(num_control, pred.label_names.index(pred.control))
-    labels = np.concatenate([pred.labels[perturbed], control_labels])
-    return replace(pred, values=values, labels=labels)
+def _test(cells: JudgedCells, scans: list[CellScan], conventions: Conventions) -> DifferentialTable:
+    nonzero_G = count_nonzeros(cells, scans)
+    blocks = [compute_rank_sums(cells, nonzero_G, *ends) for ends in plan_gene_blocks(nonzero_G)]
+    return finish_differential(
+        RankSums.concatenate(blocks),
+        cells,
+        is_vcc2025=conventions.is_vcc2025,
+        method=conventions.method,
+    )

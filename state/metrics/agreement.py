@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from state.metrics.differential import DifferentialTable
 from state.metrics.error import compute_pearson
@@ -78,6 +76,9 @@ def compute_auc(
     pr_auc, roc_auc
         [P] each; NaN where no gene, or every gene, is truly significant.
     """
+    # Imported here, as rankdata below: half a vcc evaluation of a small pair would be imports.
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     num_perts = len(real.names)
     pr_auc_P, roc_auc_P = np.full(num_perts, np.nan), np.full(num_perts, np.nan)
     for index in range(num_perts):
@@ -99,6 +100,8 @@ def _changes(
 
 def _spearman(left: npt.NDArray[np.floating], right: npt.NDArray[np.floating]) -> float:
     """Correlate mid-ranks; NaN for fewer than two values or where all of one side are equal."""
+    from scipy.stats import rankdata
+
     if len(left) < 2:
         return float("nan")
     return float(compute_pearson(rankdata(left)[None], rankdata(right)[None])[0])

@@ -1,39 +1,46 @@
-"""Differential expression: Wilcoxon rank-sum test of every perturbation against one control.
+"""Differential expression: every perturbation against one control, on every gene.
 
-Definitions and names are those of cell-eval 0.8 with pdex 0.3: asymptotic two-sided test on log1p
-values with tie and continuity correction, Benjamini-Hochberg over the genes of one perturbation,
-fold change of the geometric means expm1(mean(log1p)). Genes are independent up to the
-Benjamini-Hochberg step, so blocks of genes bound the memory and can be spread over workers:
-``compute_rank_sums`` a block, ``RankSums.concatenate``, ``finish_differential``.
+Definitions and names are those of cell-eval 0.8 with pdex 0.3: asymptotic two-sided Wilcoxon
+rank-sum test on log1p values with tie and continuity correction, Benjamini-Hochberg over the genes
+of one perturbation, fold change of the geometric means expm1(mean(log1p)). Other tests come under
+scanpy's names. Genes are independent up to the Benjamini-Hochberg step, so blocks of genes bound
+the memory and can be spread over workers: ``plan_gene_blocks``, ``compute_rank_sums`` a block,
+``RankSums.concatenate``, ``finish_differential``.
 
-Shape legend: N cells, G genes, B genes of a block, P perturbations.
+Shape legend: G genes, B genes of a block, P perturbations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, fields, replace
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
-from scipy.special import erfc
-from scipy.stats import false_discovery_control
+from scipy.special import erfc, stdtr
 
-from data_store.schema import CellTable
+from data_store.schema import CellSource, CellTable
 from state.metrics import rank_kernels
 from state.metrics.errors import EvaluationError
-from state.metrics.tables import CellGroups, group_cells
+from state.metrics.judged_cells import (
+    JudgedCells,
+    as_canonical,
+    count_nonzeros,
+    iterate_blocks,
+    judge_table,
+    scan_cells,
+)
 
 FloatArray = npt.NDArray[np.float64]
+Method = Literal["wilcoxon", "t-test", "t-test_overestim_var", "logfc"]
+METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
-_KEYS_PER_BLOCK: Final = 8_000_000
-"""Non-zeros sorted at a time: 64 MB of keys."""
+KEYS_PER_BLOCK: Final = 1 << 27
+"""Non-zeros sorted at a time: at most 1 GiB of keys. A CSR file is read once for each block."""
 _VCC2025_LOG2_BOUND: Final = float(np.log2(20))
-_DENSE_GENES: Final = 64
-"""Fewest genes of a dense block, so that each cell's slice fills whole cache lines."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,31 @@ class DifferentialTable:
     """[P] cells of each perturbation."""
     num_control_cells: int
     p_value: FloatArray
-    """Two-sided p."""
+    """Two-sided p; NaN, like fdr and statistic, where nothing was tested (``logfc``)."""
     fdr: FloatArray
     """p adjusted by Benjamini-Hochberg over the genes of one perturbation."""
     statistic: FloatArray
-    """Mann-Whitney U1 of the perturbation's cells."""
+    """Mann-Whitney U1 of the perturbation's cells, or Welch's t."""
     log2_fold_change: FloatArray
     """log2(target_mean / ref_mean); infinite where one of them is 0, 0 where both are."""
     target_mean: FloatArray
     """expm1 of the mean log1p value over the perturbation's cells."""
     ref_mean: FloatArray
     """The same over the control cells; equal in every row."""
+
+    @property
+    def pseudobulks(self) -> FloatArray:
+        """[P + 1, G] mean log1p expression of each perturbation, and of the control last."""
+        return np.asarray(np.log1p(np.concatenate([self.target_mean, self.ref_mean[:1]])))
+
+    def select(self, perts: slice) -> DifferentialTable:
+        """Return the rows of some perturbations."""
+        arrays = ("num_cells_P", "p_value", "fdr", "statistic", "log2_fold_change")
+        return replace(
+            self,
+            names=self.names[perts],
+            **{name: getattr(self, name)[perts] for name in (*arrays, "target_mean", "ref_mean")},
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a (perturbation, gene) pair, in cell-eval's columns."""
@@ -95,93 +116,129 @@ class RankSums:
     """[P, B] sum(t^3 - t) over tied blocks of the perturbation's and the control's cells."""
     sums: FloatArray
     """[P + 1, B] sums of the log1p values, the control's last."""
+    squares: FloatArray
+    """[P + 1, B] sums of their squares."""
 
     @staticmethod
     def concatenate(blocks: Sequence[RankSums]) -> RankSums:
         """Join blocks of genes, in the order of the genes."""
         return RankSums(
-            u_PB=np.concatenate([block.u_PB for block in blocks], axis=1),
-            ties_PB=np.concatenate([block.ties_PB for block in blocks], axis=1),
-            sums=np.concatenate([block.sums for block in blocks], axis=1),
+            **{
+                field.name: np.concatenate([getattr(block, field.name) for block in blocks], axis=1)
+                for field in fields(RankSums)
+            }
         )
 
 
-def compute_differential(table: CellTable, *, is_vcc2025: bool = False) -> DifferentialTable:
+def compute_differential(
+    source: CellSource, *, is_vcc2025: bool = False, method: Method = "wilcoxon"
+) -> DifferentialTable:
     """Test every perturbation of a table against its control, on every gene.
 
-    ``table.values`` may be CSR, CSC or dense, and is compared as float32. ``is_vcc2025`` follows
-    the conventions of pdex before 0.2 (see ``finish_differential``).
+    Values may be CSR, CSC or dense, and are compared as float32. ``is_vcc2025`` follows the
+    conventions of pdex before 0.2; for that and ``method`` see ``finish_differential``.
 
     Raises
     ------
     EvaluationError
         If a value is negative, infinite or NaN, or the control has no cells.
     """
-    groups = group_cells(table)
-    values = _as_canonical(table.values)
-    num_genes = len(table.genes)
-    step = _genes_per_block(values)
+    if isinstance(source, CellTable) and sp.issparse(source.values):
+        # Once, not for every block.
+        source = replace(source, values=as_canonical(source.values))
+    cells = judge_table(source)
+    nonzero_G = count_nonzeros(cells, [scan_cells(source)])
     blocks = [
-        compute_rank_sums(values, groups, start, min(start + step, num_genes))
-        for start in range(0, num_genes, step)
+        compute_rank_sums(cells, nonzero_G, start, stop)
+        for start, stop in plan_gene_blocks(nonzero_G)
     ]
     return finish_differential(
-        RankSums.concatenate(blocks), groups, table.genes, table.control, is_vcc2025=is_vcc2025
+        RankSums.concatenate(blocks), cells, is_vcc2025=is_vcc2025, method=method
     )
 
 
-def compute_rank_sums(values: Any, groups: CellGroups, gene_start: int, gene_stop: int) -> RankSums:
+def plan_gene_blocks(nonzero_G: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Cut the genes into blocks of at most ``KEYS_PER_BLOCK`` non-zeros, or of one gene."""
+    ends_G = np.concatenate([[0], np.cumsum(nonzero_G)])
+    num_genes, start = len(nonzero_G), 0
+    blocks = []
+    while start < num_genes:
+        stop = int(np.searchsorted(ends_G, ends_G[start] + KEYS_PER_BLOCK, side="right")) - 1
+        stop = min(max(stop, start + 1), num_genes)
+        blocks.append((start, stop))
+        start = stop
+    return blocks
+
+
+def compute_rank_sums(
+    cells: JudgedCells, nonzero_G: npt.NDArray[np.int64], gene_start: int, gene_stop: int
+) -> RankSums:
     """Rank the cells of all groups on genes ``[gene_start, gene_stop)``.
 
     Parameters
     ----------
-    values
-        [N, G] float32 log1p expression: dense, or CSR or CSC in canonical format.
-    groups
-        The group of each cell.
+    cells
+        One side of a comparison.
+    nonzero_G
+        [G] ``count_nonzeros`` of it.
     gene_start, gene_stop
-        The block, as column numbers.
+        The block, as numbers of judged genes.
 
     Raises
     ------
     EvaluationError
         If a value is negative, infinite or NaN.
     """
-    if sp.issparse(values):
-        gather = rank_kernels.gather_csr if values.format == "csr" else rank_kernels.gather_csc
-        bits = values.data.view(np.uint32)
-        keys, starts = gather(
-            bits, values.indices, values.indptr, groups.codes_N, gene_start, gene_stop
-        )
-    else:
-        block = np.ascontiguousarray(values[:, gene_start:gene_stop])
-        keys, starts = rank_kernels.gather_dense(block.view(np.uint32), groups.codes_N)
-    if not len(starts):
+    starts = np.concatenate([[0], np.cumsum(nonzero_G[gene_start:gene_stop])]).astype(np.int64)
+    keys, cursor_B = np.empty(starts[-1], dtype=np.uint64), starts[:-1].copy()
+    is_expression = True
+    for part in cells.parts:
+        columns_B = part.columns_G[gene_start:gene_stop]
+        column_range = (int(columns_B.min()), int(columns_B.max()) + 1)
+        for block in iterate_blocks(part.source, columns_B):
+            values, places_C = block.values, block.places_C
+            codes_n = part.codes_N[block.first_cell : block.first_cell + values.shape[0]]
+            if not sp.issparse(values):
+                bits = np.ascontiguousarray(values).view(np.uint32)
+                is_expression &= rank_kernels.fill_dense(bits, codes_n, places_C, cursor_B, keys)
+                continue
+            arrays = (values.data.view(np.uint32), values.indices, values.indptr, codes_n, places_C)
+            if values.format == "csr":
+                is_expression &= rank_kernels.fill_csr(*arrays, column_range, cursor_B, keys)
+            else:
+                is_expression &= rank_kernels.fill_csc(*arrays, cursor_B, keys)
+    if not is_expression:
         raise EvaluationError(
             f"genes {gene_start} to {gene_stop - 1} hold negative, infinite or NaN values: log1p "
             "expression is finite and at least 0. Clip the prediction at 0"
         )
-    return RankSums(*rank_kernels.rank_genes(keys, starts, groups.sizes.astype(np.float64)))
+    return RankSums(*rank_kernels.rank_genes(keys, starts, cells.sizes.astype(np.float64)))
 
 
 def finish_differential(
     ranks: RankSums,
-    groups: CellGroups,
-    genes: tuple[str, ...],
-    control: str,
+    cells: JudgedCells,
     *,
     is_vcc2025: bool = False,
+    method: Method = "wilcoxon",
 ) -> DifferentialTable:
     """Turn rank sums over all genes into p-values, false discovery rates and fold changes.
 
     With ``is_vcc2025``, p is adjusted over all perturbations and genes together, and where a mean
-    is 0 the fold change is 20, 1/20, or 1 where both are.
+    is 0 the fold change is 20, 1/20, or 1 where both are. ``t-test`` is Welch's,
+    ``t-test_overestim_var`` takes the control to have as many cells as the perturbation (both as
+    scanpy computes them), and ``logfc`` tests nothing.
     """
-    n1_P1 = groups.sizes[:-1, None].astype(np.float64)
-    n2 = float(groups.sizes[-1])
+    n1_P1 = cells.sizes[:-1, None].astype(np.float64)
+    n2 = float(cells.sizes[-1])
     target_mean = np.expm1(ranks.sums[:-1] / n1_P1)
     ref_mean = np.broadcast_to(np.expm1(ranks.sums[-1] / n2), target_mean.shape)
-    p_value = _asymptotic_p(ranks.u_PB, ranks.ties_PB, n1_P1, n2)
+    if method == "wilcoxon":
+        statistic, p_value = ranks.u_PB, _asymptotic_p(ranks.u_PB, ranks.ties_PB, n1_P1, n2)
+    elif method == "logfc":
+        statistic = p_value = np.full(target_mean.shape, np.nan)
+    else:
+        statistic, p_value = _welch(ranks, n1_P1, n2, counts_as=n1_P1 if "over" in method else n2)
     with np.errstate(divide="ignore", invalid="ignore"):
         log2_fold_change = np.log2(target_mean / ref_mean)
     if is_vcc2025:
@@ -193,24 +250,50 @@ def finish_differential(
             where=np.isinf(log2_fold_change),
         )
     log2_fold_change[(target_mean == 0) & (ref_mean == 0)] = 0.0
-    fdr = (
-        false_discovery_control(p_value.ravel()).reshape(p_value.shape)
-        if is_vcc2025
-        else false_discovery_control(p_value, axis=1)
-    )
     return DifferentialTable(
-        names=groups.names,
-        genes=genes,
-        control=control,
-        num_cells_P=groups.sizes[:-1],
-        num_control_cells=int(groups.sizes[-1]),
+        names=cells.names,
+        genes=cells.genes,
+        control=cells.control,
+        num_cells_P=cells.sizes[:-1],
+        num_control_cells=int(cells.sizes[-1]),
         p_value=p_value,
-        fdr=fdr,
-        statistic=ranks.u_PB,
+        fdr=p_value if method == "logfc" else _adjust(p_value, all_together=is_vcc2025),
+        statistic=statistic,
         log2_fold_change=log2_fold_change,
         target_mean=target_mean,
         ref_mean=ref_mean,
     )
+
+
+def _adjust(p_value: FloatArray, *, all_together: bool) -> FloatArray:
+    """Adjust p (Benjamini and Hochberg 1995) over each perturbation's genes, or over all pairs."""
+    rows = p_value.reshape(1, -1) if all_together else p_value
+    order = np.argsort(rows, axis=1)
+    count = rows.shape[1]
+    scaled = np.take_along_axis(rows, order, axis=1) * (count / np.arange(1, count + 1))
+    smallest = np.minimum.accumulate(scaled[:, ::-1], axis=1)[:, ::-1]
+    adjusted = np.empty_like(rows)
+    np.put_along_axis(adjusted, order, np.minimum(smallest, 1.0), axis=1)
+    return adjusted.reshape(p_value.shape)
+
+
+def _welch(
+    ranks: RankSums, n1_P1: FloatArray, n2: float, *, counts_as: FloatArray | float
+) -> tuple[FloatArray, FloatArray]:
+    """Compute Welch's t and its two-sided p (Welch 1947), 0 and 1 where nothing varies.
+
+    ``counts_as`` is the number of control cells that the test goes by.
+    """
+    sizes = np.concatenate([n1_P1[:, 0], [n2]])[:, None]
+    means = ranks.sums / sizes
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variances = np.maximum(ranks.squares / sizes - means**2, 0.0) * sizes / (sizes - 1)
+        share1, share2 = variances[:-1] / n1_P1, variances[-1] / counts_as
+        t = (means[:-1] - means[-1]) / np.sqrt(share1 + share2)
+        freedom = (share1 + share2) ** 2 / (share1**2 / (n1_P1 - 1) + share2**2 / (counts_as - 1))
+        p_value = 2 * stdtr(freedom, -np.abs(t))
+    is_test = np.isfinite(t) & np.isfinite(p_value)
+    return np.where(is_test, t, 0.0), np.where(is_test, p_value, 1.0)
 
 
 def _asymptotic_p(
@@ -227,23 +310,3 @@ def _asymptotic_p(
     varies = variance > 0
     z = (larger_u - n1_P1 * n2 / 2 - 0.5) / np.sqrt(np.where(varies, variance, 1.0))
     return np.where(varies, np.clip(erfc(z / np.sqrt(2)), 0.0, 1.0), 1.0)
-
-
-def _as_canonical(values: Any) -> Any:
-    """Give the kernels float32 in dense, CSR or CSC form with sorted, unique indices."""
-    if not sp.issparse(values):
-        return np.asarray(values, dtype=np.float32)
-    values = values.astype(np.float32, copy=False)
-    if values.format not in ("csr", "csc"):
-        values = values.tocsr()
-    if not values.has_canonical_format:
-        values = values.copy()
-        values.sum_duplicates()
-    return values
-
-
-def _genes_per_block(values: Any) -> int:
-    num_cells, num_genes = values.shape
-    if not sp.issparse(values):
-        return max(_DENSE_GENES, _KEYS_PER_BLOCK // int(num_cells))
-    return max(1, _KEYS_PER_BLOCK * int(num_genes) // max(1, int(values.nnz)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from state.metrics.differential import METHODS, Method
 from state.metrics.errors import EvaluationError
 
 Profile = Literal["vcc", "full", "minimal", "de", "anndata", "pds", "vcc2025", "source"]
@@ -91,10 +92,32 @@ class Conventions:
     """Compare predicted cells with the predicted control cells, as cell-eval does, or with the
     real ones."""
 
+    method: Method = "wilcoxon"
+    """The test, under scanpy's name, or ``logfc`` for none."""
+
+    def __post_init__(self) -> None:
+        """Refuse a method and a profile that cannot go together."""
+        if not self.has_tests and set(self.columns) & set(_DE):
+            without = [name for name, columns in COLUMNS_OF.items() if not set(columns) & set(_DE)]
+            raise EvaluationError(
+                f"method 'logfc' tests nothing, but profile {self.profile!r} counts significant "
+                f"genes: take profile {' or '.join(without)}, or another method"
+            )
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The profile's columns."""
         return COLUMNS_OF[self.profile]
+
+    @property
+    def has_tests(self) -> bool:
+        """Whether genes can be significant."""
+        return self.method != "logfc"
+
+    @property
+    def needs_energy(self) -> bool:
+        """Whether distances between cells are needed, not only tests and means."""
+        return "pearson_edistance" in self.columns
 
     @property
     def is_vcc2025(self) -> bool:
@@ -116,3 +139,17 @@ def find_profile(name: str) -> Profile:
     raise EvaluationError(
         f"profile {name!r} does not exist: choose one of {', '.join(get_args(Profile))}"
     )
+
+
+def find_method(name: str) -> Method:
+    """Return the test of a name.
+
+    Raises
+    ------
+    EvaluationError
+        If there is none.
+    """
+    for method in METHODS:
+        if name == method:
+            return method
+    raise EvaluationError(f"method {name!r} does not exist: choose one of {', '.join(METHODS)}")

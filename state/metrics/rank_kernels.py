@@ -1,9 +1,10 @@
-"""Compiled loops of the rank-sum test: gather a block of genes, sort it, walk it once.
+"""Compiled loops of the tests: gather the keys of a block of genes, sort them, walk them once.
 
 A non-zero is one 64-bit key: the bits of its float32 value above, the group of its cell below.
 Positive floats sort as their bits do, so a radix sort on the upper half orders a gene's non-zeros
 of *all* groups at once; zeros never enter and are counted in closed form. Called by
-``differential``. Legend: N cells, B genes of the block, P perturbations (group P: the control).
+``differential``. Legend: n cells and C columns of a stretch of input, B genes of the block,
+P perturbations (group P: the control).
 """
 
 from __future__ import annotations
@@ -35,94 +36,101 @@ def _first_at_least(indices: Array, low: int, high: int, gene: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def gather_csr(
-    bits: Array, indices: Array, indptr: Array, codes_N: Array, gene_start: int, gene_stop: int
-) -> tuple[Array, Array]:
-    """Gather the keys of genes ``[gene_start, gene_stop)`` from CSR rows with sorted indices.
+def fill_csr(
+    bits: Array,
+    indices: Array,
+    indptr: Array,
+    codes_n: Array,
+    places_C: Array,
+    column_range: tuple[int, int],
+    cursor_B: Array,
+    keys: Array,
+) -> bool:
+    """Append the non-zeros of CSR rows with sorted indices to the keys of their genes.
+
+    Parameters
+    ----------
+    bits, indices, indptr
+        [n, C] CSR; ``bits`` are the float32 values as uint32.
+    codes_n
+        [n] group of each cell; -1: left out.
+    places_C
+        [C] gene of each column; -1: left out.
+    column_range
+        First and last + 1 column that has a place.
+    cursor_B
+        [B] where each gene's next key goes; moved on.
+    keys
+        Keys of all genes; written.
 
     Returns
     -------
-    keys, starts
-        ``keys[starts[b]:starts[b + 1]]`` are the unsorted keys of the block's gene b. ``starts``
-        is empty if a value is negative, infinite or NaN.
+    is_expression
+        False if a value is negative, infinite or NaN.
     """
-    num_cells = len(codes_N)
-    first_N = np.empty(num_cells, np.int64)
-    starts = np.zeros(gene_stop - gene_start + 1, np.int64)
-    for cell in range(num_cells):
-        end = indptr[cell + 1]
-        first_N[cell] = _first_at_least(indices, indptr[cell], end, gene_start)
-        for entry in range(first_N[cell], end):
-            gene = indices[entry]
-            if gene >= gene_stop:
+    low, high = column_range
+    for cell in range(len(codes_n)):
+        if codes_n[cell] < 0:
+            continue
+        code, end = np.uint64(codes_n[cell]), indptr[cell + 1]
+        for entry in range(_first_at_least(indices, indptr[cell], end, low), end):
+            column = indices[entry]
+            if column >= high:
                 break
-            if bits[entry] == 0 or bits[entry] == _NEGATIVE_ZERO:
+            place = places_C[column]
+            if place < 0 or bits[entry] == 0 or bits[entry] == _NEGATIVE_ZERO:
                 continue
             if bits[entry] >= _INFINITY:
-                return np.empty(0, np.uint64), np.empty(0, np.int64)
-            starts[gene - gene_start + 1] += 1
-    starts = np.cumsum(starts)
-    cursor = starts[:-1].copy()
-    keys = np.empty(starts[-1], np.uint64)
-    for cell in range(num_cells):
-        code = np.uint64(codes_N[cell])
-        for entry in range(first_N[cell], indptr[cell + 1]):
-            gene = indices[entry]
-            if gene >= gene_stop:
-                break
-            if bits[entry] == 0 or bits[entry] == _NEGATIVE_ZERO:
-                continue
-            keys[cursor[gene - gene_start]] = (np.uint64(bits[entry]) << np.uint64(32)) | code
-            cursor[gene - gene_start] += 1
-    return keys, starts
+                return False
+            keys[cursor_B[place]] = (np.uint64(bits[entry]) << np.uint64(32)) | code
+            cursor_B[place] += 1
+    return True
 
 
 @njit(cache=True, nogil=True)
-def gather_csc(
-    bits: Array, indices: Array, indptr: Array, codes_N: Array, gene_start: int, gene_stop: int
-) -> tuple[Array, Array]:
-    """Gather the keys of a block of genes from CSC columns; see ``gather_csr``."""
-    starts = np.zeros(gene_stop - gene_start + 1, np.int64)
-    keys = np.empty(indptr[gene_stop] - indptr[gene_start], np.uint64)
-    filled = 0
-    for gene in range(gene_start, gene_stop):
-        for entry in range(indptr[gene], indptr[gene + 1]):
-            if bits[entry] == 0 or bits[entry] == _NEGATIVE_ZERO:
+def fill_csc(
+    bits: Array,
+    indices: Array,
+    indptr: Array,
+    codes_n: Array,
+    places_C: Array,
+    cursor_B: Array,
+    keys: Array,
+) -> bool:
+    """Append the non-zeros of CSC columns; see ``fill_csr``."""
+    for column in range(len(places_C)):
+        place = places_C[column]
+        if place < 0:
+            continue
+        for entry in range(indptr[column], indptr[column + 1]):
+            code = codes_n[indices[entry]]
+            if code < 0 or bits[entry] == 0 or bits[entry] == _NEGATIVE_ZERO:
                 continue
             if bits[entry] >= _INFINITY:
-                return np.empty(0, np.uint64), np.empty(0, np.int64)
-            code = np.uint64(codes_N[indices[entry]])
-            keys[filled] = (np.uint64(bits[entry]) << np.uint64(32)) | code
-            filled += 1
-        starts[gene - gene_start + 1] = filled
-    return keys, starts
+                return False
+            keys[cursor_B[place]] = (np.uint64(bits[entry]) << np.uint64(32)) | np.uint64(code)
+            cursor_B[place] += 1
+    return True
 
 
 @njit(cache=True, nogil=True)
-def gather_dense(bits_NB: Array, codes_N: Array) -> tuple[Array, Array]:
-    """Gather the keys of a dense block of genes; see ``gather_csr``."""
-    num_cells, num_genes = bits_NB.shape
-    starts = np.zeros(num_genes + 1, np.int64)
-    for cell in range(num_cells):
-        for gene in range(num_genes):
-            bits = bits_NB[cell, gene]
-            if bits == 0 or bits == _NEGATIVE_ZERO:
+def fill_dense(
+    bits_nC: Array, codes_n: Array, places_C: Array, cursor_B: Array, keys: Array
+) -> bool:
+    """Append the non-zeros of a dense block; see ``fill_csr``."""
+    for cell in range(len(codes_n)):
+        if codes_n[cell] < 0:
+            continue
+        code = np.uint64(codes_n[cell])
+        for column in range(len(places_C)):
+            bits, place = bits_nC[cell, column], places_C[column]
+            if place < 0 or bits == 0 or bits == _NEGATIVE_ZERO:
                 continue
             if bits >= _INFINITY:
-                return np.empty(0, np.uint64), np.empty(0, np.int64)
-            starts[gene + 1] += 1
-    starts = np.cumsum(starts)
-    cursor = starts[:-1].copy()
-    keys = np.empty(starts[-1], np.uint64)
-    for cell in range(num_cells):
-        code = np.uint64(codes_N[cell])
-        for gene in range(num_genes):
-            bits = bits_NB[cell, gene]
-            if bits == 0 or bits == _NEGATIVE_ZERO:
-                continue
-            keys[cursor[gene]] = (np.uint64(bits) << np.uint64(32)) | code
-            cursor[gene] += 1
-    return keys, starts
+                return False
+            keys[cursor_B[place]] = (np.uint64(bits) << np.uint64(32)) | code
+            cursor_B[place] += 1
+    return True
 
 
 @njit(cache=True, nogil=True)
@@ -180,7 +188,14 @@ def _tie_term(size: float) -> float:
 
 @njit(cache=True, nogil=True)
 def _walk_gene(
-    keys: Array, control: int, u_P: Array, ties_P: Array, sums: Array, nonzero: Array, tied_P: Array
+    keys: Array,
+    control: int,
+    u_P: Array,
+    ties_P: Array,
+    sums: Array,
+    squares: Array,
+    nonzero: Array,
+    tied_P: Array,
 ) -> float:
     """Add one gene's ordered non-zeros to the sums; return the tie term among controls alone.
 
@@ -200,6 +215,7 @@ def _walk_gene(
         if stop == first + 1:
             code = np.int64(keys[first] & low_word)
             sums[code] += value
+            squares[code] += value * value
             nonzero[code] += 1.0
             if code == control:
                 below += 1.0
@@ -211,6 +227,7 @@ def _walk_gene(
         for i in range(first, stop):
             code = np.int64(keys[i] & low_word)
             sums[code] += value
+            squares[code] += value * value
             nonzero[code] += 1.0
             if code == control:
                 control_tied += 1.0
@@ -230,38 +247,42 @@ def _walk_gene(
 
 
 @njit(cache=True, nogil=True)
-def rank_genes(keys: Array, starts: Array, sizes: Array) -> tuple[Array, Array, Array]:
+def rank_genes(keys: Array, starts: Array, sizes: Array) -> tuple[Array, Array, Array, Array]:
     """Compute rank statistics of every perturbation against the control, gene by gene.
 
     Parameters
     ----------
     keys, starts
-        As ``gather_csr`` returns them; the order of ``keys`` is lost.
+        ``keys[starts[b]:starts[b + 1]]`` are those of the block's gene b; their order is lost.
     sizes
         [P + 1] float64 cells in each group, the control last.
 
     Returns
     -------
-    u_PB, ties_PB, sums
+    u_PB, ties_PB, sums, squares
         [P, B] the statistic U1; [P, B] the tie term sum(t^3 - t) over the pooled sample of the
-        perturbation and the control; [P + 1, B] sums of the values. All float64: U1 is exact, and
-        no result depends on the order of the cells, as sums are taken in order of the values.
+        perturbation and the control; [P + 1, B] sums of the values and of their squares. All
+        float64: U1 is exact, and no result depends on the order of the cells, as sums are taken in
+        order of the values.
     """
     num_genes, control = len(starts) - 1, len(sizes) - 1
     u_PB = np.zeros((control, num_genes))
     ties_PB = np.zeros((control, num_genes))
     sums_PB = np.zeros((control + 1, num_genes))
+    squares_PB = np.zeros((control + 1, num_genes))
     scratch = np.empty(max(0, np.max(np.diff(starts))), np.uint64)
     tied_P = np.zeros(control)
     for gene in range(num_genes):
         ordered = _sort_by_value(keys[starts[gene] : starts[gene + 1]], scratch)
         u_P, ties_P = np.zeros(control), np.zeros(control)
         sums, nonzero = np.zeros(control + 1), np.zeros(control + 1)
-        control_ties = _walk_gene(ordered, control, u_P, ties_P, sums, nonzero, tied_P)
+        squares = np.zeros(control + 1)
+        control_ties = _walk_gene(ordered, control, u_P, ties_P, sums, squares, nonzero, tied_P)
         control_zeros = sizes[control] - nonzero[control]
         for code in range(control):
             zeros = sizes[code] - nonzero[code]
             u_PB[code, gene] = u_P[code] + control_zeros * (nonzero[code] + 0.5 * zeros)
             ties_PB[code, gene] = ties_P[code] + control_ties + _tie_term(zeros + control_zeros)
         sums_PB[:, gene] = sums
-    return u_PB, ties_PB, sums_PB
+        squares_PB[:, gene] = squares
+    return u_PB, ties_PB, sums_PB, squares_PB

@@ -1,26 +1,21 @@
-"""Check that a prediction and the truth can be compared, and group cells by perturbation.
+"""Check the names of a prediction and the truth, and group cells by perturbation.
 
-First step of ``state.evaluate.evaluate``. Shape legend: N cells, G genes, P perturbations.
+First step of ``state.evaluate.evaluate``. Shape legend: N cells, P perturbations.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 
-from data_store.schema import CellTable
+from data_store.schema import CellSource, CellTable
 from state.metrics.errors import EvaluationError
 
-MAX_LOG1P: Final = 15.0
-"""Values from here on are no log1p expression: expm1(15) is 3.3 million (cell-eval's limit)."""
-_FRACTION: Final = 1e-3
-_CHUNK: Final = 1 << 20
 _NAMES_SHOWN: Final = 10
 
 
@@ -36,7 +31,7 @@ class CellGroups:
     """[P + 1] cells in each group."""
 
 
-def group_cells(table: CellTable) -> CellGroups:
+def group_cells(table: CellSource) -> CellGroups:
     """Group cells by perturbation in sorted order, the control last.
 
     Names without a cell are left out.
@@ -71,12 +66,12 @@ def group_cells(table: CellTable) -> CellGroups:
     return CellGroups(names, codes_N, np.bincount(codes_N, minlength=len(names) + 1))
 
 
-def check_table(table: CellTable, what: str) -> None:
-    """Refuse a table whose shape is inconsistent or whose values are not log1p expression.
+def check_names(source: CellSource, what: str) -> None:
+    """Refuse a table that names a gene twice or whose shape is inconsistent.
 
     Parameters
     ----------
-    table
+    source
         Cells to check.
     what
         How messages call the table, such as ``"the prediction"``.
@@ -84,25 +79,24 @@ def check_table(table: CellTable, what: str) -> None:
     Raises
     ------
     EvaluationError
-        For shapes that disagree, a gene named twice, NaN, infinite or negative values, values of
-        15 and above, and values that are all whole numbers (counts, not yet normalised).
+        If so.
     """
-    expected = (len(table.labels), len(table.genes))
-    if table.values.shape != expected:
+    values = source.values if isinstance(source, CellTable) else None
+    expected = (len(source.labels), len(source.genes))
+    if values is not None and values.shape != expected:
         raise EvaluationError(
-            f"{what}: values have shape {table.values.shape}, but there are {expected[0]} labels "
+            f"{what}: values have shape {values.shape}, but there are {expected[0]} labels "
             f"and {expected[1]} genes"
         )
-    if len(set(table.genes)) != len(table.genes):
-        twice = [gene for gene, count in Counter(table.genes).items() if count > 1]
+    if len(set(source.genes)) != len(source.genes):
+        twice = [gene for gene, count in Counter(source.genes).items() if count > 1]
         raise EvaluationError(
             f"{what}: genes occur twice: {_listing(twice)}. Make the gene names unique"
         )
-    _check_values(_stored(table), what)
 
 
-def align_prediction(real: CellTable, pred: CellTable) -> CellTable:
-    """Return the prediction with its genes in the order of the truth.
+def check_same_names(real: CellSource, pred: CellSource) -> None:
+    """Check that truth and prediction have the same genes and perturbations, in any order.
 
     Raises
     ------
@@ -116,23 +110,29 @@ def align_prediction(real: CellTable, pred: CellTable) -> CellTable:
             "prediction: use one label"
         )
     _check_same_names("gene", real.genes, pred.genes)
+    check_same_perturbations(real, pred)
+
+
+def check_same_perturbations(real: CellSource, pred: CellSource) -> None:
+    """Check that truth and prediction have the same perturbations.
+
+    Raises
+    ------
+    EvaluationError
+        Naming the differences.
+    """
     _check_same_names("perturbation", group_cells(real).names, group_cells(pred).names)
-    if real.genes == pred.genes:
-        return pred
-    column_of = {gene: column for column, gene in enumerate(pred.genes)}
-    order = np.array([column_of[gene] for gene in real.genes], dtype=np.int64)
-    return replace(pred, values=pred.values[:, order], genes=real.genes)
 
 
-def keep_common_genes(real: CellTable, pred: CellTable) -> tuple[CellTable, CellTable, str]:
-    """Drop the genes that only one side has.
+def find_common_genes(real: CellSource, pred: CellSource) -> tuple[tuple[str, ...], str]:
+    """Find the genes that both sides have.
 
     Returns
     -------
-    real, pred
-        The tables on the common genes, in the order of the truth.
+    genes
+        In the order of the truth.
     report
-        What was dropped on each side; empty if nothing was.
+        What either side has beyond them; empty if nothing.
 
     Raises
     ------
@@ -145,52 +145,13 @@ def keep_common_genes(real: CellTable, pred: CellTable) -> tuple[CellTable, Cell
             f"truth and prediction have no gene in common: {_listing(real.genes[:3])} against "
             f"{_listing(pred.genes[:3])}. Use the same gene names in both"
         )
-    genes = tuple(gene for gene in real.genes if gene in common)
-    kept, parts = [], []
-    for table, what in ((real, "the truth"), (pred, "the prediction")):
-        column_of = {gene: column for column, gene in enumerate(table.genes)}
-        columns = np.array([column_of[gene] for gene in genes], dtype=np.int64)
-        kept.append(replace(table, values=table.values[:, columns], genes=genes))
-        dropped = [gene for gene in table.genes if gene not in common]
+    parts = []
+    for source, what in ((real, "the truth"), (pred, "the prediction")):
+        dropped = [gene for gene in source.genes if gene not in common]
         if dropped:
             parts.append(f"left out {len(dropped)} gene(s) that only {what} has: ")
             parts[-1] += _listing(dropped)
-    return kept[0], kept[1], "\n".join(parts)
-
-
-def _stored(table: CellTable) -> npt.NDArray[np.floating]:
-    values = table.values
-    if sp.issparse(values):
-        return np.asarray(values.data)
-    return np.ascontiguousarray(values).reshape(-1)
-
-
-def _check_values(stored: npt.NDArray[np.floating], what: str) -> None:
-    has_fraction = False
-    for start in range(0, len(stored), _CHUNK):
-        chunk = stored[start : start + _CHUNK]
-        lowest, highest = chunk.min(), chunk.max()
-        if not (np.isfinite(lowest) and np.isfinite(highest)):
-            raise EvaluationError(
-                f"{what} holds NaN or infinite values: log1p expression is finite. "
-                "Look for cells without counts, or a model that diverged"
-            )
-        if lowest < 0:
-            raise EvaluationError(
-                f"{what} holds a negative value ({lowest:g}): log1p expression is at least 0. "
-                "Clip the prediction at 0"
-            )
-        if highest >= MAX_LOG1P:
-            raise EvaluationError(
-                f"{what} holds the value {highest:g}: log1p expression is below {MAX_LOG1P:g}. "
-                "Scale each cell to one total count and take log1p first"
-            )
-        has_fraction = has_fraction or bool(np.any(np.mod(chunk, 1) > _FRACTION))
-    if not has_fraction:
-        raise EvaluationError(
-            f"{what} holds whole numbers only, so these are counts or all zero, not log1p "
-            "expression. Scale each cell to one total count and take log1p first"
-        )
+    return tuple(gene for gene in real.genes if gene in common), "\n".join(parts)
 
 
 def _check_same_names(kind: str, real: Iterable[str], pred: Iterable[str]) -> None:

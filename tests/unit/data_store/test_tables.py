@@ -157,9 +157,20 @@ def test_predictions_come_back(store, tmp_path, form):
         store.perturbations[code] for code in store.pert_code[rows]
     ]
     assert list(adata.obs.columns) == list(store.read_obs(rows).columns)
-    assert sp.issparse(adata.X) == (form is sp.csr_matrix)
+    assert sp.issparse(adata.X)
     assert np.array_equal(adata.to_df().to_numpy(), values)
     assert [entry.name for entry in path.parent.iterdir()] == ["pred.h5ad"]
+
+
+@pytest.mark.parametrize(("num_zeros", "is_sparse"), [(5, False), (6, False), (7, True)])
+def test_predictions_are_written_in_the_smaller_form(tmp_path, num_zeros, is_sparse):
+    values = np.arange(1, 13, dtype=np.float32).reshape(3, 4) / 2
+    values.ravel()[:num_zeros] = 0
+    obs = pd.DataFrame(index=["a", "b", "c"])
+    write_predictions(tmp_path / "pred.h5ad", values, list("ABCD"), obs)
+    adata = ad.read_h5ad(tmp_path / "pred.h5ad")
+    assert sp.issparse(adata.X) == is_sparse
+    assert np.array_equal(adata.to_df().to_numpy(), values)
 
 
 def test_a_failed_write_leaves_the_old_prediction(tmp_path, monkeypatch):

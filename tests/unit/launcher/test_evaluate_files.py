@@ -9,7 +9,9 @@ import pytest
 import scipy.sparse as sp
 
 from data_store.schema import ObsColumns, StoreError, UserError
+from launcher import cell_tests
 from launcher.evaluate_files import FileEvaluation, evaluate_files, score_files
+from state.evaluate import evaluate
 from state.metrics.profiles import COLUMNS_OF, Conventions
 from tests.support.cell_tables import CONTROL, dense, random_table
 
@@ -131,10 +133,135 @@ def test_missing_genes_are_named_or_left_out(options, tmp_path):
 
 def test_what_cannot_be_judged_is_refused(options, tmp_path):
     negative = replace(random_table(1), values=dense(random_table(1)) - np.float32(0.5))
-    with pytest.raises(UserError, match="clip"):
+    with pytest.raises(UserError, match="Clip the prediction"):
         evaluate_files(replace(options, pred=write(tmp_path / "negative.h5ad", negative)))
     with pytest.raises(UserError, match="'nothing' is neither a file nor 'cell_mean'"):
         evaluate_files(replace(options, baseline="nothing"))
+
+
+def rewrite(path, out, change):
+    cells = ad.read_h5ad(path)
+    changed = change(cells)
+    (cells if changed is None else changed).write_h5ad(out)
+    return out
+
+
+def put_nan(cells):
+    cells.X.data[3] = np.nan
+
+
+def make_counts(cells):
+    cells.X.data = np.ceil(cells.X.data)
+
+
+def drop_controls(cells):
+    return cells[cells.obs["gene"] != CONTROL].copy()
+
+
+def keep_controls(cells):
+    return cells[cells.obs["gene"] == CONTROL].copy()
+
+
+def drop_perturbation(cells):
+    return cells[cells.obs["gene"] != "GENE1"].copy()
+
+
+def rename_column(cells):
+    cells.obs = cells.obs.rename(columns={"gene": "guide"})
+
+
+def drop_a_label(cells):
+    cells.obs["gene"] = cells.obs["gene"].where(np.arange(cells.n_obs) != 4)
+
+
+def drop_cells(cells):
+    return cells[:0].copy()
+
+
+def repeat_a_gene(cells):
+    cells.var_names = ["GENE0", "GENE0", *cells.var_names[2:]]
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique:UserWarning")
+@pytest.mark.parametrize("side", ["real", "pred"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put_nan, r"changed\.h5ad\) holds NaN or infinite"),
+        (make_counts, r"changed\.h5ad\) holds whole numbers only"),
+        (drop_controls, r"no cell of .*changed\.h5ad has the control label 'ctrl'.*GENE0"),
+        (keep_controls, "every cell is a control"),
+        (drop_perturbation, r"1 perturbation.*GENE1"),
+        (rename_column, r"'gene' \(pert_col\) is not in .*changed\.h5ad.*guide"),
+        (drop_a_label, "1 of 100 cells have no value in obs column 'gene'"),
+        (drop_cells, r"changed\.h5ad is empty"),
+        (repeat_a_gene, "gene names more than once"),
+    ],
+)
+def test_files_that_cannot_be_judged_are_named_and_nothing_is_written(
+    options, tmp_path, side, change, message
+):
+    path = rewrite(getattr(options, side), tmp_path / "changed.h5ad", change)
+    with pytest.raises(UserError, match=message):
+        evaluate_files(replace(options, **{side: path}, baseline="cell_mean"))
+    assert not options.out.exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"real.h5ad", "pred.h5ad", "changed.h5ad"}
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer:UserWarning")
+def test_zarr_half_precision_and_groups_of_one_cell(options, tmp_path):
+    cells = ad.read_h5ad(options.pred)
+    first = np.flatnonzero(cells.obs["gene"] == "GENE2")[1:]
+    cells = cells[np.setdiff1d(np.arange(cells.n_obs), first)].copy()
+    cells.X = cells.X.toarray().astype(np.float16)
+    cells.write_zarr(tmp_path / "pred.zarr")
+    evaluate_files(replace(options, pred=tmp_path / "pred.zarr"))
+    table = read(options, "pred_de.csv")
+    assert table.query("target == 'GENE2'")["target_membership"].tolist() == [1] * 30
+    assert table["p_value"].between(0, 1).all()
+
+
+def test_a_file_gives_what_the_table_in_memory_gives(options):
+    tables = (random_table(0), random_table(1))
+    for control in ("own", "real"):
+        conventions = replace(options.conventions, control=control)
+        evaluate_files(replace(options, conventions=conventions))
+        expected = evaluate(*tables, conventions=conventions).per_perturbation
+        results = read(options, "results.csv")
+        pd.testing.assert_frame_equal(
+            results, expected[results.columns], check_dtype=False, rtol=1e-9
+        )
+
+
+def test_the_truth_is_tested_once(options, tmp_path, monkeypatch):
+    cached = replace(options, cache=tmp_path / "cache")
+    evaluate_files(cached)
+    expected = read(options, "results.csv")
+    sides = []
+    judge = cell_tests.judge_side
+    monkeypatch.setattr(
+        "launcher.evaluate_files.judge_side",
+        lambda cells, *rest: sides.append(cells) or judge(cells, *rest),
+    )
+    evaluate_files(cached)
+    assert len(sides) == 1
+    pd.testing.assert_frame_equal(read(options, "results.csv"), expected)
+    evaluate_files(replace(cached, conventions=replace(options.conventions, method="t-test")))
+    write(options.real, random_table(2))
+    evaluate_files(cached)
+    assert len(sides) == 5
+    assert len(list(cached.cache.iterdir())) == 3
+
+
+def test_an_interrupted_evaluation_leaves_what_was_there(options, monkeypatch):
+    evaluate_files(options)
+    before = {path.name: path.read_bytes() for path in options.out.iterdir()}
+    write(options.pred, random_table(5))
+    monkeypatch.setattr("launcher.evaluate_files._write_evaluation", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_files(options)
+    assert {path.name: path.read_bytes() for path in options.out.iterdir()} == before
+    assert not list(options.out.parent.glob(".*partial"))
 
 
 def test_scores_of_two_files(options, tmp_path):

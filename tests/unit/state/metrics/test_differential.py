@@ -17,7 +17,7 @@ from state.metrics.differential import (
     finish_differential,
 )
 from state.metrics.errors import EvaluationError
-from state.metrics.tables import group_cells
+from state.metrics.judged_cells import count_nonzeros, judge_table, scan_cells
 from tests.support.cell_tables import CONTROL, dense, random_table
 
 ARRAYS = ("p_value", "fdr", "statistic", "log2_fold_change", "target_mean", "ref_mean")
@@ -94,7 +94,7 @@ def test_sparse_forms_and_dense_give_identical_results():
 
 
 def test_unsorted_and_repeated_entries_are_handled_and_the_input_stays_as_it_was(monkeypatch):
-    monkeypatch.setattr(differential, "_KEYS_PER_BLOCK", 500)
+    monkeypatch.setattr(differential, "KEYS_PER_BLOCK", 500)
     table = random_table(0)
     coo = table.values.tocoo()
     # Each value as two halves, in reverse order of the columns.
@@ -145,11 +145,11 @@ def test_order_of_cells_and_genes_does_not_matter():
 def test_blocks_of_genes_join_to_the_whole(as_csr, monkeypatch):
     table = random_table(3, num_genes=150)
     table = table if as_csr else replace(table, values=dense(table))
-    groups, whole = group_cells(table), compute_differential(table)
-    parts = [compute_rank_sums(table.values, groups, a, b) for a, b in [(0, 1), (1, 97), (97, 150)]]
-    joined = finish_differential(RankSums.concatenate(parts), groups, table.genes, table.control)
-    assert_equal(joined, whole)
-    monkeypatch.setattr(differential, "_KEYS_PER_BLOCK", 500)
+    cells, whole = judge_table(table), compute_differential(table)
+    nonzero = count_nonzeros(cells, [scan_cells(table)])
+    parts = [compute_rank_sums(cells, nonzero, a, b) for a, b in [(0, 1), (1, 97), (97, 150)]]
+    assert_equal(finish_differential(RankSums.concatenate(parts), cells), whole)
+    monkeypatch.setattr(differential, "KEYS_PER_BLOCK", 500)
     assert_equal(compute_differential(table), whole)
 
 

@@ -13,6 +13,7 @@ from state.metrics import energy
 from state.metrics.aggregate import score, summarize
 from state.metrics.discrimination import compute_discrimination, compute_discrimination_rank1
 from state.metrics.errors import EvaluationError
+from state.metrics.judged_cells import judge_table
 from state.metrics.profiles import COLUMNS_OF, Conventions, find_profile
 from state.metrics.tables import group_cells
 from tests.support.cell_tables import dense, random_table
@@ -30,7 +31,9 @@ def test_energy_distances_equal_all_pairs_in_any_blocks(form, most_cells, monkey
         cells = values[groups.codes_N == index]
         within = cdist(cells, cells).mean() + cdist(control, control).mean()
         expected.append(2 * cdist(cells, control).mean() - within)
-    computed = energy.compute_energy_distances(form(dense(table)), groups)
+    computed = energy.compute_energy_distances(
+        judge_table(replace(table, values=form(dense(table))))
+    )
     np.testing.assert_allclose(computed, expected, atol=1e-6)
 
 

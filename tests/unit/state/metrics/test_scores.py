@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from state.metrics.differential import DifferentialTable
+from state.metrics.differential import DifferentialTable, compute_differential
 from state.metrics.discrimination import compute_discrimination
 from state.metrics.error import compute_mae
 from state.metrics.overall import compute_overall, scale_scores
@@ -14,8 +14,7 @@ from state.metrics.overlap import (
     rank_genes,
     rank_significant_genes,
 )
-from state.metrics.pseudobulk import compute_effects, compute_pseudobulks
-from state.metrics.tables import group_cells
+from state.metrics.pseudobulk import compute_effects
 from tests.support.cell_tables import dense, random_table
 
 
@@ -107,9 +106,9 @@ def test_mae_averages_over_genes():
 def test_pseudobulks_are_means_of_cells(as_csr):
     table = random_table(0, cells=(1, 7, 20, 9))
     values = table.values if as_csr else dense(table)
-    groups = group_cells(replace(table, values=values))
-    pseudobulks = compute_pseudobulks(values, groups)
-    for code, name in enumerate((*groups.names, table.control)):
+    tested = compute_differential(replace(table, values=values))
+    pseudobulks = tested.pseudobulks
+    for code, name in enumerate((*tested.names, table.control)):
         cells = dense(table)[table.labels == table.label_names.index(name)]
         np.testing.assert_allclose(pseudobulks[code], cells.mean(axis=0, dtype=float), rtol=1e-12)
     np.testing.assert_array_equal(compute_effects(pseudobulks), pseudobulks[:3] - pseudobulks[3])

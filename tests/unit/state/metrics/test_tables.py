@@ -5,7 +5,8 @@ import pytest
 import scipy.sparse as sp
 
 from state.metrics.errors import EvaluationError
-from state.metrics.tables import align_prediction, check_table, group_cells
+from state.metrics.judged_cells import check_values, scan_cells
+from state.metrics.tables import check_names, check_same_names, find_common_genes, group_cells
 from tests.support.cell_tables import CONTROL, dense, random_table
 
 
@@ -49,45 +50,56 @@ def test_values_that_cannot_be_used(form, value, message):
     values = dense(table)
     values[-1, -1] = value
     with pytest.raises(EvaluationError, match=f"the prediction.*{message}"):
-        check_table(replace(table, values=form(values)), "the prediction")
+        check_values(scan_cells(replace(table, values=form(values))), "the prediction")
 
 
 def test_counts_are_refused_and_log1p_values_pass():
     table = random_table(0)
-    check_table(table, "the truth")
-    with pytest.raises(EvaluationError, match="whole numbers only.*log1p first"):
-        check_table(replace(table, values=np.rint(dense(table))), "the truth")
-    with pytest.raises(EvaluationError, match="whole numbers only"):
-        check_table(replace(table, values=sp.csr_matrix((100, 30), dtype=np.float32)), "x")
+    check_values(scan_cells(table), "the truth")
+    for values in (np.rint(dense(table)), sp.csr_matrix((100, 30), dtype=np.float32)):
+        with pytest.raises(EvaluationError, match="whole numbers only.*log1p first"):
+            check_values(scan_cells(replace(table, values=values)), "the truth")
 
 
 def test_shapes_and_duplicate_genes():
     table = random_table(0)
     with pytest.raises(EvaluationError, match=r"shape \(100, 30\).*29 genes"):
-        check_table(replace(table, genes=table.genes[:-1]), "the truth")
+        check_names(replace(table, genes=table.genes[:-1]), "the truth")
     with pytest.raises(EvaluationError, match="genes occur twice: GENE3. "):
-        check_table(replace(table, genes=(*table.genes[:-1], "GENE3")), "the truth")
+        check_names(replace(table, genes=(*table.genes[:-1], "GENE3")), "the truth")
 
 
-@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
-def test_genes_are_put_in_the_order_of_the_truth(form):
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+def test_a_scan_counts_the_nonzeros_of_perturbed_and_control_cells(form):
+    table = random_table(0)
+    values = dense(table)
+    scan = scan_cells(replace(table, values=form(values)))
+    is_control = table.labels == 3
+    expected = [(values[~is_control] != 0).sum(axis=0), (values[is_control] != 0).sum(axis=0)]
+    np.testing.assert_array_equal(scan.nonzero_2C, expected)
+    assert scan.highest == values.max()
+
+
+def test_common_genes_keep_the_order_of_the_truth():
     real = random_table(0)
-    order = np.random.default_rng(0).permutation(30)
-    pred = replace(
-        real, values=form(dense(real)[:, order]), genes=tuple(real.genes[i] for i in order)
-    )
-    aligned = align_prediction(real, pred)
-    assert aligned.genes == real.genes
-    np.testing.assert_array_equal(dense(aligned), dense(real))
+    pred = replace(real, genes=("NEW", *real.genes[:0:-1]))
+    genes, report = find_common_genes(real, pred)
+    assert genes == real.genes[1:]
+    assert report.splitlines() == [
+        "left out 1 gene(s) that only the truth has: GENE0",
+        "left out 1 gene(s) that only the prediction has: NEW",
+    ]
+    with pytest.raises(EvaluationError, match="no gene in common"):
+        find_common_genes(real, replace(real, genes=tuple(f"x{i}" for i in range(30))))
 
 
 def test_differences_are_named():
     real = random_table(0)
     with pytest.raises(EvaluationError, match=r"lacks 1 gene.*GENE29 and has 1 gene.*: NEW"):
-        align_prediction(real, replace(real, genes=(*real.genes[:-1], "NEW")))
+        check_same_names(real, replace(real, genes=(*real.genes[:-1], "NEW")))
     keep = real.labels != 2
     fewer = replace(real, values=real.values[keep], labels=real.labels[keep])
     with pytest.raises(EvaluationError, match="lacks 1 perturbation.*GENE2"):
-        align_prediction(real, fewer)
+        check_same_names(real, fewer)
     with pytest.raises(EvaluationError, match="control is 'ctrl'.*'GENE0'"):
-        align_prediction(real, replace(real, control="GENE0"))
+        check_same_names(real, replace(real, control="GENE0"))
