@@ -33,7 +33,7 @@ _LOCK_NAME = ".lock"
 _OWN_NAMES = (
     *("config.toml", "deepspeed.json", "features.json", "metrics.jsonl", "splits.toml"),
     *("checkpoints", "evaluation", "logs", "predictions", "stages", "statistics"),
-    *("store", "tb"),
+    *("store", "tb", "runs", "report.html"),
     *("evaluation.partial", "predictions.partial", "store.partial"),
 )
 
@@ -62,6 +62,8 @@ class RunFolder:
         self.predictions = path / "predictions"
         self.evaluation = path / "evaluation"
         self.logs = path / "logs"
+        self.sub_runs = path / "runs"
+        self.report = path / "report.html"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Build the baselines that a config names."""
+"""Build the baselines that a config names, with its settings."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ _BUILDERS: Final[dict[str, Callable[[EvaluateConfig], Baseline]]] = {
 }
 
 
-def build_baselines(config: EvaluateConfig) -> list[Baseline]:
-    """Build the baselines of ``config.baselines``, unfitted, in that order."""
-    return [_BUILDERS[name](config) for name in config.baselines]
+def build_baseline(name: str, config: EvaluateConfig) -> Baseline:
+    """Build a baseline, unfitted."""
+    return _BUILDERS[name](config)

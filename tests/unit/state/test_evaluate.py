@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from state.evaluate import Evaluation, evaluate
-from state.leaderboard import build_leaderboard, leaderboard_to_csv, leaderboard_to_markdown
+from state.leaderboard import build_leaderboard
+from state.leaderboard_format import leaderboard_to_csv, leaderboard_to_html, leaderboard_to_markdown
 from state.metrics.differential import compute_differential
 from state.metrics.errors import EvaluationError
 from state.metrics.profiles import Conventions
