@@ -72,9 +72,7 @@ def collect_effects(folder: RunFolder, config: RunConfig, model: str) -> Effects
         )
         values[f"{side}_log2_fold_change"] = differential.log2_fold_change
         values[f"{side}_fdr"] = differential.fdr
-    return Effects(
-        names=np.array(group_cells(real).names), genes=np.array(real.genes), **values
-    )
+    return Effects(names=np.array(group_cells(real).names), genes=np.array(real.genes), **values)
 
 
 def write_effects(folder: Path, effects: Effects) -> None:

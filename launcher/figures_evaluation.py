@@ -61,7 +61,7 @@ def draw_leaderboard(leaderboard: pd.DataFrame, model: str) -> Figure:
         axes.set_yticks(places, [name.replace("_", " ") for name in shown["model"]])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(left=0)
-        axes.set_xlabel("Overall (cell mean = 0, perfect = 100), 95 % interval")
+        axes.set_xlabel("Overall (perfect = 100), 95 % interval")
         num_perts = int(leaderboard["num_perturbations"].iloc[0])
         axes.set_title(f"{num_perts} held-out perturbations", loc="left", color=DARK)
     return figure
@@ -193,7 +193,7 @@ def draw_heat_map(effects: Effects) -> Figure:
         panels[0].set_yticks(np.arange(len(perts)), effects.names[perts], fontsize=6)
         bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.7, aspect=25, pad=0.01)
         bar.set_label("change of mean log1p expression", fontsize=7)
-        bar.outline.set_linewidth(0.4)  # type: ignore[operator]
+        bar.outline.set_linewidth(0.4)
     return figure
 
 
@@ -208,7 +208,13 @@ def draw_overlap(tables: dict[str, pd.DataFrame], model: str, other: str) -> Fig
 
 
 def _compare(
-    tables: dict[str, pd.DataFrame], model: str, other: str, column: str, title: str, *, by_rank: bool
+    tables: dict[str, pd.DataFrame],
+    model: str,
+    other: str,
+    column: str,
+    title: str,
+    *,
+    by_rank: bool,
 ) -> Figure:
     ours = tables[model].set_index("perturbation")
     order = ours[column].sort_values(kind="stable").index
@@ -273,6 +279,8 @@ def draw_curves(records: dict[str, list[dict[str, float]]]) -> Figure:
         for tag, colour, label in (("train/loss", BLUE, "train"), ("val/loss", VERMILION, "val")):
             for number, run in enumerate(records.values()):
                 points = [(r["step"], r[tag]) for r in run if tag in r]
+                if not points:
+                    continue
                 axes.plot(
                     *zip(*points, strict=True),
                     color=colour,
@@ -280,12 +288,10 @@ def draw_curves(records: dict[str, list[dict[str, float]]]) -> Figure:
                     alpha=1.0 if len(records) == 1 else 0.6,
                     label=label if number == 0 else None,
                 )
-        axes.set(xlabel="step", ylabel="MMD loss", yscale="log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="step", ylabel="MMD loss")
+        axes.set_ylim(bottom=0)
         axes.legend()
-        runs = "" if len(records) == 1 else f"{len(records)} runs"
-        axes.set_title(runs, loc="left", color=DARK)
+        axes.set_title("" if len(records) == 1 else f"{len(records)} runs", loc="left", color=DARK)
     return figure
 
 

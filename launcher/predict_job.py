@@ -206,8 +206,11 @@ def _prepare_baseline(
     choice_s, started_s = time.perf_counter() - started_s, time.perf_counter()
     fitted.fit(profiles["train"], profiles["val"])
     fit_s = time.perf_counter() - started_s
-    return fit_s, choice, choice_s, lambda way: predict_with_baseline(
-        context, fitted, way.scale or 1.0
+    return (
+        fit_s,
+        choice,
+        choice_s,
+        lambda way: predict_with_baseline(context, fitted, way.scale or 1.0),
     )
 
 
@@ -263,7 +266,7 @@ def _open(task: PredictTask) -> PredictContext:
 
 def _read_profiles(task: PredictTask) -> dict[SplitName, PerturbationProfiles]:
     profiles: dict[SplitName, PerturbationProfiles]
-    profiles = pickle.loads(task.out.with_name(_PROFILES).read_bytes())  # noqa: S301 - our own
+    profiles = pickle.loads(task.out.with_name(_PROFILES).read_bytes())
     return profiles
 
 

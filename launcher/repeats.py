@@ -8,6 +8,7 @@ the perturbations of that fold.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +26,7 @@ from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.run_folder import RunFolder
 from launcher.run_report import write_run_report
 from launcher.stages import Stage, StageRunner, fingerprint, identify_file
+from launcher.train_job import single_process_group
 from state.config import RunConfig
 from state.evaluate import Evaluation
 from state.leaderboard import build_leaderboard
@@ -76,7 +78,8 @@ class RepeatedRun:
         if until == shared:
             return
         sub_runs = list_sub_runs(self.config)
-        with self.folder.lock():
+        alone = isinstance(self._cluster, ThisProcess)
+        with self.folder.lock(), single_process_group(self.config) if alone else nullcontext():
             for number, sub_run in enumerate(sub_runs, start=1):
                 name = sub_run.config.output_dir.name
                 self._reporter.say(f"run {number} of {len(sub_runs)}: {name}", "bold")
@@ -159,9 +162,7 @@ def _judge_together(config: RunConfig, folder: RunFolder, sub_runs: list[SubRun]
         overall = pd.concat(by_seed.values()).groupby("model")["overall"]
         spread = {
             str(model): {"overall_min": low, "overall_max": high}
-            for model, low, high in zip(
-                overall.groups, overall.min(), overall.max(), strict=True
-            )
+            for model, low, high in zip(overall.groups, overall.min(), overall.max(), strict=True)
         }
     with folder_made_whole(folder.evaluation) as partial:
         frames = {

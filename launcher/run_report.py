@@ -114,7 +114,9 @@ def _read_curves(folder: RunFolder) -> dict[str, list[dict[str, float]]]:
 
 def _build_html(config: RunConfig, folder: RunFolder, pictures: Mapping[str, Path]) -> str:
     leaderboard = pd.read_csv(folder.evaluation / "leaderboard.csv").fillna({"best_baseline": ""})
-    notes = "".join(f'<p class="note">{html.escape(x)}</p>' for x in describe_leaderboard(leaderboard))
+    notes = "".join(
+        f'<p class="note">{html.escape(x)}</p>' for x in describe_leaderboard(leaderboard)
+    )
     shown = {name: _figure(path, _CAPTIONS[name]) for name, path in pictures.items()}
     further = "".join(
         f"<h2>{title}</h2>\n<div class='scroll'>{_table(folder.evaluation / name)}</div>\n"

@@ -46,7 +46,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BaselineName = Literal[
-    "cell_mean", "no_change", "pert_mean", "nearest", "ridge", "low_rank", "random_forest"
+    "cell_mean",
+    "control_mean",
+    "no_change",
+    "pert_mean",
+    "nearest",
+    "ridge",
+    "low_rank",
+    "random_forest",
 ]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 RemoteUrl = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://")]
@@ -379,9 +386,12 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _has_one_way_to_divide(self) -> RunConfig:
         split = self.split
-        others = {"split.file": split.file, "split.folds": split.folds}
-        others["split.test_contexts"] = split.test_contexts or None
-        given = [key for key, value in others.items() if value is not None]
+        others = {
+            "split.file": split.file is not None,
+            "split.folds": split.folds is not None,
+            "split.test_contexts": bool(split.test_contexts),
+        }
+        given = [key for key, is_given in others.items() if is_given]
         if self.evaluate.folds is not None and given:
             raise ValueError(
                 f"evaluate.folds and {' and '.join(given)} each say what is for test; keep one"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from state.baselines.base import Baseline
-from state.baselines.cell_mean import CellMeanBaseline
+from state.baselines.cell_mean import CellMeanBaseline, ControlMeanBaseline
 from state.baselines.low_rank import LowRankBaseline
 from state.baselines.nearest import NearestBaseline
 from state.baselines.no_change import NoChangeBaseline
@@ -17,6 +17,7 @@ from state.config import EvaluateConfig
 
 _BUILDERS: Final[dict[str, Callable[[EvaluateConfig], Baseline]]] = {
     "cell_mean": lambda config: CellMeanBaseline(),
+    "control_mean": lambda config: ControlMeanBaseline(),
     "no_change": lambda config: NoChangeBaseline(),
     "pert_mean": lambda config: PerturbationMeanBaseline(),
     "nearest": lambda config: NearestBaseline(config.nearest_neighbors),
