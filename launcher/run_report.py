@@ -21,7 +21,7 @@ from data_store.files import write_text_atomically
 from data_store.store import Store, is_store
 from launcher import figures_evaluation as draw
 from launcher.effects import read_effects
-from launcher.figure_style import save_figure
+from launcher.figure_style import DPI, save_figure
 from launcher.predict_job import STATE
 from launcher.run_folder import RunFolder
 from launcher.statistics_job import write_tensorboard
@@ -45,15 +45,16 @@ _PACKAGES: Final = (
     *("statewide", "torch", "deepspeed", "ray", "numpy", "scipy", "scikit-learn"),
     *("anndata", "zarr", "numba", "matplotlib"),
 )
+_SCREEN_DPI: Final = 150
 _STYLE: Final = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
-  max-width: 62rem; margin: 0 auto; padding: 1rem; }
+  max-width: 70rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: 0.5rem 0 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
 p.note { color: #555; font-size: 0.87rem; margin: 0.4rem 0; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap;
+table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.5rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #444; } th:first-child, td:first-child { text-align: left; }
 tr.state td { font-weight: 600; background: #eaf3fa; } tr.ceiling td { color: #666; }
@@ -119,9 +120,10 @@ def _build_html(config: RunConfig, folder: RunFolder, pictures: Mapping[str, Pat
     )
     shown = {name: _figure(path, _CAPTIONS[name]) for name, path in pictures.items()}
     further = "".join(
-        f"<h2>{title}</h2>\n<div class='scroll'>{_table(folder.evaluation / name)}</div>\n"
-        for title, name in (("Folds", "folds.csv"), ("Seeds", "seeds.csv"))
-        if (folder.evaluation / name).is_file()
+        f"<h2>Overall in each {key}</h2>\n<div class='scroll'>"
+        f"{_wide_table(folder.evaluation / f'{key}s.csv', key)}</div>\n"
+        for key in ("fold", "seed")
+        if (folder.evaluation / f"{key}s.csv").is_file()
     )
     state = _table(folder.evaluation / f"{STATE}_per_perturbation.csv")
     return f"""<!doctype html>
@@ -158,10 +160,12 @@ def _build_html(config: RunConfig, folder: RunFolder, pictures: Mapping[str, Pat
 
 
 def _figure(path: Path, caption: str) -> str:
-    content = base64.b64encode(path.read_bytes()).decode("ascii")
-    text = html.escape(caption)
+    content = path.read_bytes()
+    # A PNG says its width in bytes 16 to 20; shown at twice the size of print.
+    width = int.from_bytes(content[16:20], "big") * _SCREEN_DPI // DPI
+    encoded, text = base64.b64encode(content).decode("ascii"), html.escape(caption)
     return (
-        f'<figure><img alt="{text}" src="data:image/png;base64,{content}">'
+        f'<figure><img alt="{text}" width="{width}" src="data:image/png;base64,{encoded}">'
         f"<figcaption>{text}</figcaption></figure>"
     )
 
@@ -169,6 +173,16 @@ def _figure(path: Path, caption: str) -> str:
 def _table(path: Path) -> str:
     frame = pd.read_csv(path)
     return str(frame.to_html(index=False, border=0, float_format=lambda x: f"{x:.4g}", na_rep="-"))
+
+
+def _wide_table(path: Path, key: str) -> str:
+    """Show Overall with a row a model and a column a fold or seed, in the models' own order."""
+    frame = pd.read_csv(path)
+    wide = frame.pivot(index="model", columns=key, values="overall")
+    wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False).index]
+    wide.columns = [f"{key} {number}" for number in wide.columns]
+    shown = wide.reset_index()
+    return str(shown.to_html(index=False, border=0, float_format=lambda x: f"{x:.2f}"))
 
 
 def _provenance_table(config: RunConfig, folder: RunFolder) -> str:
