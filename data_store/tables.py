@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,47 @@ def read_cell_table(
         values = values[:, _find_genes(names, genes, path)]
         names = tuple(genes)
     return CellTable(values, names, labels.codes, labels.names, columns.control_pert)
+
+
+def read_tables_by_context(path: Path, columns: ObsColumns) -> dict[str, CellTable]:
+    """Read a table for each context (cell type or line), so that each is judged by itself.
+
+    Effects in one context are compared with its own control cells.
+
+    Parameters
+    ----------
+    path
+        The file or folder, as for ``read_cell_table``.
+    columns
+        ``obs`` columns that describe a cell. Without ``cell_type_key`` there is one context, "".
+
+    Returns
+    -------
+    Context -> its cells, for contexts that have perturbed cells, in alphabetical order.
+
+    Raises
+    ------
+    StoreError
+        As ``read_cell_table``, and where a context has perturbed cells but no control.
+    """
+    whole = read_cell_table(path, columns)
+    if columns.cell_type_key is None:
+        return {"": whole}
+    contexts = read_labels(_read_elements(path)[1], columns.cell_type_key, "cell_type_key", path)
+    control = whole.label_names.index(whole.control)
+    tables = {}
+    for code, name in sorted(enumerate(contexts.names), key=lambda entry: entry[1]):
+        rows = np.flatnonzero(contexts.codes == code)
+        labels = whole.labels[rows]
+        if (labels == control).all():
+            continue
+        if not (labels == control).any():
+            raise StoreError(
+                f"{path}: the context {name!r} (obs column {columns.cell_type_key!r}) has "
+                f"perturbed cells but no control ({whole.control!r}) to compare them with"
+            )
+        tables[name] = replace(whole, values=whole.values[rows], labels=labels)
+    return tables
 
 
 def _read_elements(path: Path) -> tuple[Any, pd.DataFrame, tuple[str, ...]]:

@@ -6,14 +6,15 @@ Shape legend: P perturbations, G genes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from data_store.tables import read_cell_table
+from data_store.schema import CellTable
+from data_store.tables import read_tables_by_context
 from launcher.run_folder import RunFolder
 from state.config import RunConfig
 from state.evaluate import prepare_prediction
@@ -57,19 +58,33 @@ class Effects:
         return Effects(genes=parts[0].genes, **joined)
 
 
+def name_in_context(perturbation: str, context: str) -> str:
+    """Name a perturbation where several contexts are judged."""
+    return f"{perturbation} ({context})"
+
+
 def collect_effects(folder: RunFolder, config: RunConfig, model: str) -> Effects:
-    """Compute the effects of a run's test split from its predictions."""
+    """Compute the effects of a run's test split from its predictions, in each context."""
     columns = config.data.columns
-    real = read_cell_table(folder.predictions / "real.h5ad", columns)
-    pred = read_cell_table(folder.predictions / f"{model}.h5ad", columns)
+    real_tables = read_tables_by_context(folder.predictions / "real.h5ad", columns)
+    pred_tables = read_tables_by_context(folder.predictions / f"{model}.h5ad", columns)
+    parts = []
+    for context, real in real_tables.items():
+        effects = _compute(real, pred_tables[context])
+        if len(real_tables) > 1:
+            names = np.array([name_in_context(name, context) for name in effects.names])
+            effects = replace(effects, names=names)
+        parts.append(effects)
+    return Effects.concatenate(parts)
+
+
+def _compute(real: CellTable, pred: CellTable) -> Effects:
     pred = prepare_prediction(real, pred, Conventions())
-    tables = {"real": real, "pred": pred}
     values: dict[str, npt.NDArray[np.float64]] = {}
-    for side, table in tables.items():
+    for side, table in {"real": real, "pred": pred}.items():
         differential = compute_differential(table)
-        values[f"{side}_delta"] = compute_effects(
-            compute_pseudobulks(table.values, group_cells(table))
-        )
+        groups = group_cells(table)
+        values[f"{side}_delta"] = compute_effects(compute_pseudobulks(table.values, groups))
         values[f"{side}_log2_fold_change"] = differential.log2_fold_change
         values[f"{side}_fdr"] = differential.fdr
     return Effects(names=np.array(group_cells(real).names), genes=np.array(real.genes), **values)

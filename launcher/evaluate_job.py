@@ -15,8 +15,8 @@ from rich.table import Table
 
 from data_store.files import folder_made_whole, write_text_atomically
 from data_store.schema import ObsColumns, TaskRunner
-from data_store.tables import read_cell_table
-from launcher.effects import collect_effects, write_effects
+from data_store.tables import read_tables_by_context
+from launcher.effects import collect_effects, name_in_context, write_effects
 from launcher.predict_job import PROVENANCE, STATE, TRUTH
 from launcher.run_folder import RunFolder
 from launcher.run_report import write_run_report
@@ -67,7 +67,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, run_tasks: TaskRunner) ->
                 model=path.stem,
                 real=folder.predictions / f"{TRUTH}.h5ad",
                 pred=path,
-                real_de=partial / "real_de.npz",
+                real_de=partial / "real_de",
                 columns=config.data.columns,
                 fdr=config.evaluate.fdr,
             )
@@ -141,18 +141,31 @@ def read_costs(folder: RunFolder) -> dict[str, dict[str, Any]]:
 
 def write_real_differential(task: EvaluateTask) -> None:
     """Compute the truth's differential expression and write it where the other tasks read it."""
-    table = compute_differential(read_cell_table(task.real, task.columns))
-    np.savez(task.real_de, **{f.name: getattr(table, f.name) for f in fields(table)})
+    task.real_de.mkdir()
+    for number, real in enumerate(read_tables_by_context(task.real, task.columns).values()):
+        table = compute_differential(real)
+        arrays = {f.name: getattr(table, f.name) for f in fields(table)}
+        np.savez(task.real_de / f"{number}.npz", **arrays)
 
 
 def evaluate_prediction(task: EvaluateTask) -> pd.DataFrame:
-    """Judge one prediction; return one row a perturbation."""
-    real = read_cell_table(task.real, task.columns)
-    pred = read_cell_table(task.pred, task.columns)
-    real_de = read_differential(task.real_de)
-    return evaluate(
-        real, pred, real_de=real_de, conventions=Conventions(fdr=task.fdr)
-    ).per_perturbation
+    """Judge one prediction in each context by itself; return one row a perturbation and context."""
+    pred = read_tables_by_context(task.pred, task.columns)
+    frames = []
+    real_tables = read_tables_by_context(task.real, task.columns)
+    for number, (context, real) in enumerate(real_tables.items()):
+        evaluation = evaluate(
+            real,
+            pred[context],
+            real_de=read_differential(task.real_de / f"{number}.npz"),
+            conventions=Conventions(fdr=task.fdr),
+        )
+        frame = evaluation.per_perturbation
+        if len(real_tables) > 1:
+            names = [name_in_context(pert, context) for pert in frame["perturbation"]]
+            frame = frame.assign(perturbation=names)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
 
 
 def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None:

@@ -86,7 +86,7 @@ def draw_scatter(effects: Effects) -> Figure:
 
 def _scatter_panel(axes: Axes, effects: Effects, pert: int) -> None:
     true_G, pred_G = effects.real_delta[pert], effects.pred_delta[pert]
-    is_target = effects.genes == effects.names[pert]
+    is_target = effects.genes == str(effects.names[pert]).split(" (")[0]
     reach = 1.08 * max(np.abs(true_G).max(), np.abs(pred_G).max(), 1e-3)
     axes.axline((0, 0), slope=1, color="black", linewidth=0.6, linestyle=DASHES, zorder=0.5)
     axes.axhline(0, color=LIGHT, linewidth=0.5, zorder=0.4)
@@ -170,7 +170,7 @@ def draw_heat_map(effects: Effects) -> Figure:
     perts, genes = perts[order_P], genes[order_G]
     limit = float(np.quantile(np.abs(true_PG), 0.98)) or 1.0
     with paper_style():
-        figure = new_figure(1.1 + 0.125 * len(perts), PAGE_IN)
+        figure = new_figure(max(2.2, 1.1 + 0.125 * len(perts)), PAGE_IN)
         panels = figure.subplots(1, 2, sharey=True)
         for axes, values_PG, title in zip(
             panels,

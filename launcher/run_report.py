@@ -60,7 +60,7 @@ th { border-bottom: 2px solid #444; } th:first-child, td:first-child { text-alig
 tr.state td { font-weight: 600; background: #eaf3fa; } tr.ceiling td { color: #666; }
 figure { margin: 0; } figcaption { color: #555; font-size: 0.87rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.5rem; }
-img { max-width: 100%; height: auto; }
+img { max-width: 100%; height: auto; } .wide img { min-width: 40rem; }
 pre { font-size: 0.78rem; background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }
 details summary { cursor: pointer; }
 """
@@ -143,12 +143,12 @@ def _build_html(config: RunConfig, folder: RunFolder, pictures: Mapping[str, Pat
 <div class="pair">{shown["leaderboard"]}{shown["training"]}</div>
 {further}
 <h2>Perturbations</h2>
-{shown["pds_ranks"]}
+<div class="scroll wide">{shown["pds_ranks"]}</div>
 <div class="pair">{shown["des_effect_size"]}</div>
 <details><summary>Every perturbation, {STATE}</summary><div class="scroll">{state}</div></details>
 <h2>Effects</h2>
-{shown["effects_heat_map"]}
-{shown["effects_scatter"]}
+<div class="scroll wide">{shown["effects_heat_map"]}</div>
+<div class="scroll wide">{shown["effects_scatter"]}</div>
 {shown["volcano"]}
 <h2>Configuration</h2>
 <details><summary>config.toml</summary><pre>{html.escape(dump_config(config))}</pre></details>

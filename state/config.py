@@ -45,7 +45,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-BaselineName = Literal[
+BaselineName = Literal[  # fmt: skip
     "cell_mean",
     "control_mean",
     "no_change",

@@ -15,6 +15,7 @@ from data_store.tables import (
     compute_matched_means,
     compute_mean,
     read_cell_table,
+    read_tables_by_context,
     write_predictions,
 )
 from tests.support.atlas import build_atlas, gene_names, write_atlas
@@ -224,3 +225,22 @@ def test_matched_means_are_those_of_as_many_controls_of_the_same_batches(store, 
     for group in range(3):
         expected = np.mean([partner(row) for row in pert_rows[groups == group]], axis=0)
         np.testing.assert_allclose(means[group], expected, rtol=1e-9)
+
+
+def test_contexts_are_read_apart_and_each_needs_its_own_controls(tmp_path):
+    obs = pd.DataFrame(
+        {"target_gene": ["non-targeting", "A", "A", "non-targeting"], "line": ["y", "x", "y", "x"]},
+        index=list("abcd"),
+    )
+    values = np.array([[0.5], [1.5], [2.5], [3.5]], np.float32)
+    path = tmp_path / "two.h5ad"
+    write_predictions(path, values, ["G"], obs)
+    columns = ObsColumns(cell_type_key="line")
+    found = read_tables_by_context(path, columns)
+    assert list(found) == ["x", "y"]
+    np.testing.assert_array_equal(found["x"].values, values[[1, 3]])
+    np.testing.assert_array_equal(found["y"].values, values[[0, 2]])
+    assert list(read_tables_by_context(path, ObsColumns())) == [""]
+    write_predictions(path, values[:3], ["G"], obs[:3])
+    with pytest.raises(StoreError, match="context 'x'.*no control"):
+        read_tables_by_context(path, columns)
