@@ -45,7 +45,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-BaselineName = Literal[  # fmt: skip
+BaselineName = Literal[
     "cell_mean",
     "control_mean",
     "no_change",
@@ -385,13 +385,8 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _has_one_way_to_divide(self) -> RunConfig:
-        split = self.split
-        others = {
-            "split.file": split.file is not None,
-            "split.folds": split.folds is not None,
-            "split.test_contexts": bool(split.test_contexts),
-        }
-        given = [key for key, is_given in others.items() if is_given]
+        chosen = self.split.model_dump(include={"file", "folds", "test_contexts"})
+        given = [f"split.{key}" for key, value in chosen.items() if value]
         if self.evaluate.folds is not None and given:
             raise ValueError(
                 f"evaluate.folds and {' and '.join(given)} each say what is for test; keep one"
