@@ -37,6 +37,7 @@ _MAX_HEAT_PERTS: Final = 40
 _MAX_HEAT_GENES: Final = 40
 _MINUS: Final = "\N{MINUS SIGN}"
 _LEAST_FDR: Final = 1e-300
+_USUAL_FDR: Final = 0.05
 
 
 def draw_leaderboard(leaderboard: pd.DataFrame, model: str) -> Figure:
@@ -111,15 +112,18 @@ def draw_volcano(effects: Effects, fdr: float) -> Figure:
     chosen = _largest(effects, _MAX_VOLCANOES)
     with paper_style():
         figure = new_figure(0.5 + 1.9 * len(chosen), 0.72 * PAGE_IN)
-        grid = figure.subplots(len(chosen), 2, squeeze=False)
+        grid = figure.subplots(len(chosen), 2, squeeze=False, sharex="row")
         for row, pert in zip(grid, chosen, strict=True):
             is_true = effects.real_fdr[pert] < fdr
             sides = (
                 (effects.real_log2_fold_change[pert], effects.real_fdr[pert], "true"),
                 (effects.pred_log2_fold_change[pert], effects.pred_fdr[pert], "predicted"),
             )
+            changes = np.concatenate([change_G for change_G, _, _ in sides])
+            finite = np.abs(changes[np.isfinite(changes)])
+            reach = 1.08 * max(float(finite.max(initial=0.0)), 0.1)
             for axes, (change_G, fdr_G, side) in zip(row, sides, strict=True):
-                _volcano_panel(axes, change_G, fdr_G, is_true, fdr)
+                _volcano_panel(axes, change_G, fdr_G, is_true, fdr, reach)
                 num = int((fdr_G < fdr).sum())
                 axes.set_title(f"{effects.names[pert]}, {side}: {num} significant", loc="left")
             row[0].set_ylabel(f"{_MINUS}log$_{{10}}$ FDR")
@@ -136,9 +140,8 @@ def _volcano_panel(
     fdr_G: npt.NDArray[np.float64],
     is_true_G: npt.NDArray[np.bool_],
     fdr: float,
+    reach: float,
 ) -> None:
-    finite = change_G[np.isfinite(change_G)]
-    reach = 1.08 * max(float(np.abs(finite).max(initial=0.0)), 0.1)
     x_G = np.clip(np.nan_to_num(change_G, posinf=reach, neginf=-reach), -reach, reach)
     y_G = -np.log10(np.maximum(fdr_G, _LEAST_FDR))
     for chosen, colour, label in (
@@ -153,6 +156,7 @@ def _volcano_panel(
             linewidths=0,
             label=label,
             rasterized=True,
+            clip_on=False,
         )
     axes.axhline(-np.log10(fdr), color="black", linewidth=0.6, linestyle=DASHES, zorder=0.5)
     axes.set_xlim(-reach, reach)
@@ -263,11 +267,12 @@ def _finish_ranks(axes: Axes, names: Sequence[str], chance: float) -> None:
 
 
 def _finish_overlap(axes: Axes, counts: npt.NDArray[np.int64]) -> None:
-    if counts.max() > 0:
+    if counts.min() == 0 < counts.max():
         axes.set_xscale("symlog", linthresh=1, linscale=0.4)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(-0.15, max(2.0, 1.3 * float(counts.max())))
+    if counts.min() == 0:
+        axes.set_xlim(-0.15, max(2.0, 1.3 * float(counts.max())))
     axes.set_xlabel("truly significant genes")
 
 
@@ -296,9 +301,13 @@ def draw_curves(records: dict[str, list[dict[str, float]]]) -> Figure:
 
 
 def _largest(effects: Effects, most: int) -> npt.NDArray[np.int64]:
-    """Return the perturbations with the largest true effects, largest first."""
+    """Return the perturbations with the most truly significant genes, then the largest changes.
+
+    By change alone, those with few cells would lead by their noise.
+    """
     size_P = np.abs(effects.real_delta).mean(axis=1)
-    return np.argsort(-size_P, kind="stable")[:most]
+    num_significant_P = (effects.real_fdr < _USUAL_FDR).sum(axis=1)
+    return np.lexsort((-size_P, -num_significant_P))[:most]
 
 
 def _order_by_similarity(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
