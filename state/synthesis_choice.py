@@ -10,10 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from data_store.schema import CellTable
 from state.evaluate import evaluate
 from state.metrics.differential import compute_differential
+from state.metrics.overall import METRICS, compute_overall, scale_scores
 from state.metrics.profiles import Conventions
+
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Choice:
 
     chosen: Synthesis
     scores: dict[str, float]
-    """Way -> gain over the reference: mean of the scaled DES and MAE, not cut at 0."""
+    """Way -> Overall against the reference, on the validation split."""
 
 
 def choose_synthesis(
@@ -45,10 +51,10 @@ def choose_synthesis(
     reference: CellTable,
     conventions: Conventions,
 ) -> Choice:
-    """Return the candidate with the largest gain in DES and MAE over the reference.
+    """Return the candidate with the best Overall, the score that the leaderboard ranks by.
 
-    PDS is left out: it hardly depends on the scale, and with few perturbations it moves in steps
-    that would drown the others. Of equal candidates the first wins.
+    Overall cuts each metric at 0; among candidates with equal Overall, such as 0, the one with the
+    largest mean of the uncut metrics wins, and then the first.
 
     Parameters
     ----------
@@ -67,16 +73,21 @@ def choose_synthesis(
         return Choice(candidates[0], {})
     real_de = compute_differential(truth)
 
-    def gain(pred: CellTable) -> tuple[float, float]:
+    def judge(pred: CellTable) -> FloatArray:
         means = evaluate(truth, pred, real_de=real_de, conventions=conventions).aggregate
-        return means["des"], means["mae"]
+        return np.array([means[metric] for metric in METRICS])
 
-    base_des, base_mae = gain(reference)
-    scores = {}
+    base_3 = judge(reference)
+    overall, uncut = {}, {}
     for candidate in candidates:
-        des, mae = gain(predict(candidate))
-        gained_des = (des - base_des) / max(1 - base_des, 1e-12)
-        gained_mae = 1 - mae / base_mae if base_mae > 0 else 0.0
-        scores[candidate.name] = (gained_des + gained_mae) / 2
-    best = max(candidates, key=lambda candidate: scores[candidate.name])
-    return Choice(best, scores)
+        scores_3 = judge(predict(candidate))
+        overall[candidate] = float(compute_overall(scale_scores(scores_3, base_3)))
+        uncut[candidate] = _mean_uncut(scores_3, base_3)
+    best = max(candidates, key=lambda candidate: (overall[candidate], uncut[candidate]))
+    return Choice(best, {candidate.name: value for candidate, value in overall.items()})
+
+
+def _mean_uncut(scores_3: FloatArray, base_3: FloatArray) -> float:
+    """Average the scaled metrics without cutting them at 0; a metric without room counts 0."""
+    room_3 = np.append(1 - base_3[:2], -base_3[2])
+    return float(np.divide(scores_3 - base_3, room_3, out=np.zeros(3), where=room_3 != 0).mean())

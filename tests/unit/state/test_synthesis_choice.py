@@ -47,6 +47,17 @@ def test_of_equal_ways_the_first_is_taken_and_a_lone_one_is_not_predicted():
         Conventions(),
     )
     assert equal.chosen == Synthesis(1.0)
+    # Both are worse than the reference, so Overall is 0: the uncut metrics tell them apart.
+    bad = {1.0: table(4.0), 0.5: table(2.0)}
+    cut = choose_synthesis(
+        [Synthesis(1.0), Synthesis(0.5)],
+        lambda way: bad[way.scale],
+        truth,
+        table(0.05),
+        Conventions(),
+    )
+    assert set(cut.scores.values()) == {0.0}
+    assert cut.chosen == Synthesis(0.5)
 
     def never(way: Synthesis) -> CellTable:
         raise AssertionError("predicted without need")
