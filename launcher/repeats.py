@@ -176,7 +176,8 @@ def _judge_together(config: RunConfig, folder: RunFolder, sub_runs: list[SubRun]
         if config.evaluate.folds is not None:
             _stack(_by_fold(tables, config), "fold").to_csv(partial / "folds.csv", index=False)
         write_effects(partial, _join_effects(sub_runs))
-    write_run_report(config, folder)
+    runs = [RunFolder(sub_run.config.output_dir) for sub_run in sub_runs]
+    write_run_report(config, folder, runs)
 
 
 def _read_tables(sub_runs: list[SubRun], model: str) -> pd.DataFrame:

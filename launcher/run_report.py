@@ -10,7 +10,7 @@ import html
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -66,7 +66,9 @@ details summary { cursor: pointer; }
 """
 
 
-def write_run_report(config: RunConfig, folder: RunFolder) -> None:
+def write_run_report(
+    config: RunConfig, folder: RunFolder, sub_runs: Sequence[RunFolder] = ()
+) -> None:
     """Draw every figure into ``evaluation/figures``, show them in TensorBoard, write the report.
 
     Parameters
@@ -75,13 +77,18 @@ def write_run_report(config: RunConfig, folder: RunFolder) -> None:
         The resolved recipe.
     folder
         The run folder, with a finished ``evaluation/``.
+    sub_runs
+        The runs of its folds and seeds.
     """
-    pictures = _draw_figures(config, folder)
+    pictures = _draw_figures(config, folder, sub_runs)
     write_tensorboard(folder.tensorboard / "evaluate", pictures, "evaluate")
-    write_text_atomically(folder.report, _build_html(config, folder, pictures))
+    provenance = collect_provenance(config, folder, sub_runs)
+    write_text_atomically(folder.report, _build_html(config, folder, pictures, provenance))
 
 
-def _draw_figures(config: RunConfig, folder: RunFolder) -> dict[str, Path]:
+def _draw_figures(
+    config: RunConfig, folder: RunFolder, sub_runs: Sequence[RunFolder]
+) -> dict[str, Path]:
     leaderboard = pd.read_csv(folder.evaluation / "leaderboard.csv")
     tables = {
         model: pd.read_csv(folder.evaluation / f"{model}_per_perturbation.csv")
@@ -91,7 +98,9 @@ def _draw_figures(config: RunConfig, folder: RunFolder) -> dict[str, Path]:
     effects, best = read_effects(folder.evaluation), str(leaderboard["best_baseline"].iloc[0])
     figures = {
         "leaderboard": draw.draw_leaderboard(leaderboard, STATE),
-        "training": draw.draw_curves(_read_curves(folder)),
+        "training": draw.draw_curves(
+            {run.path.name: read_metrics(run.metrics) for run in sub_runs or [folder]}
+        ),
         "pds_ranks": draw.draw_ranks(tables, STATE, best),
         "des_effect_size": draw.draw_overlap(tables, STATE, best),
         "effects_heat_map": draw.draw_heat_map(effects),
@@ -108,12 +117,12 @@ def _mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     return table.groupby("perturbation", as_index=False).mean(numeric_only=True)
 
 
-def _read_curves(folder: RunFolder) -> dict[str, list[dict[str, float]]]:
-    runs = sorted(folder.sub_runs.glob("*/metrics.jsonl")) or [folder.metrics]
-    return {path.parent.name: read_metrics(path) for path in runs}
-
-
-def _build_html(config: RunConfig, folder: RunFolder, pictures: Mapping[str, Path]) -> str:
+def _build_html(
+    config: RunConfig,
+    folder: RunFolder,
+    pictures: Mapping[str, Path],
+    provenance: Mapping[str, Any],
+) -> str:
     leaderboard = pd.read_csv(folder.evaluation / "leaderboard.csv").fillna({"best_baseline": ""})
     notes = "".join(
         f'<p class="note">{html.escape(x)}</p>' for x in describe_leaderboard(leaderboard)
@@ -153,7 +162,7 @@ def _build_html(config: RunConfig, folder: RunFolder, pictures: Mapping[str, Pat
 <h2>Configuration</h2>
 <details><summary>config.toml</summary><pre>{html.escape(dump_config(config))}</pre></details>
 <h2>Provenance</h2>
-<div class="scroll">{_provenance_table(config, folder)}</div>
+<div class="scroll">{_provenance_table(provenance)}</div>
 </body>
 </html>
 """
@@ -185,15 +194,17 @@ def _wide_table(path: Path, key: str) -> str:
     return str(shown.to_html(index=False, border=0, float_format=lambda x: f"{x:.2f}"))
 
 
-def _provenance_table(config: RunConfig, folder: RunFolder) -> str:
+def _provenance_table(provenance: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>"
-        for key, value in collect_provenance(config, folder).items()
+        for key, value in provenance.items()
     )
     return f"<table><tbody>{rows}</tbody></table>"
 
 
-def collect_provenance(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+def collect_provenance(
+    config: RunConfig, folder: RunFolder, sub_runs: Sequence[RunFolder]
+) -> dict[str, Any]:
     """Say what the results rest on: code, data, packages, machine, seconds of each stage."""
     own_store = config.data.input if is_store(config.data.input) else folder.store
     store = Store.open(Path(own_store))
@@ -204,11 +215,10 @@ def collect_provenance(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         "seed": config.seed,
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
     }
-    facts |= {f"{name}": _version_of(name) for name in _PACKAGES}
-    stages = [folder.stages, *sorted(folder.sub_runs.glob("*/stages"))]
-    for stage_folder in stages:
-        where = "" if stage_folder == folder.stages else f"{stage_folder.parent.name} "
-        for path in sorted(stage_folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
+    facts |= {name: _version_of(name) for name in _PACKAGES}
+    for run in (folder, *sub_runs):
+        where = "" if run is folder else f"{run.path.name} "
+        for path in sorted(run.stages.glob("*.json"), key=lambda p: p.stat().st_mtime):
             record = json.loads(path.read_text(encoding="utf-8"))
             if "seconds" in record:
                 facts[f"{where}{path.stem} seconds"] = record["seconds"]

@@ -39,7 +39,7 @@ def frame(seed: int) -> pd.DataFrame:
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunConfig, RunFolder]:
     """A run folder with an evaluation, as small as the report allows."""
-    monkeypatch.setattr(run_report, "collect_provenance", lambda config, folder: {"seed": "<7>"})
+    monkeypatch.setattr(run_report, "collect_provenance", lambda *where: {"seed": "<7>"})
     config = load_config(write_recipe(tmp_path))
     folder = RunFolder(config.output_dir)
     folder.evaluation.mkdir(parents=True)
