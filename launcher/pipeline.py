@@ -325,16 +325,16 @@ class Pipeline:
     @property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that ``evaluate.checkpoint`` asks for."""
+        sub_runs = sorted(path.name for path in self.folder.sub_runs.glob("*"))
+        if sub_runs and not self.folder.checkpoints.is_dir():
+            raise LaunchError(
+                f"{self.folder.path} holds a run for each fold and seed; name one of them: "
+                f"{self.folder.sub_runs / sub_runs[0]} (of {', '.join(sub_runs)})"
+            )
         folder = self._checkpoints
         wanted = self.config.evaluate.checkpoint
         checkpoint = folder.best() if wanted == "best" else folder.last()
         if checkpoint is None:
-            sub_runs = sorted(path.name for path in self.folder.sub_runs.glob("*"))
-            if sub_runs:
-                raise LaunchError(
-                    f"{self.folder.path} holds a run for each fold and seed; name one of them: "
-                    f"{self.folder.sub_runs / sub_runs[0]} (of {', '.join(sub_runs)})"
-                )
             raise LaunchError(
                 f"{self.folder.checkpoints} holds no complete checkpoint. Train first: "
                 "statewide train CONFIG"
