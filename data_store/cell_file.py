@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -181,6 +181,49 @@ def open_cells(path: Path, columns: ObsColumns) -> CellFile:
         )
     parts = (matrix, genes, labels.codes, labels.names, columns.control_pert)
     return _StoreCells(*parts, Store.open(path)) if is_store(path) else CellFile(*parts)
+
+
+def split_contexts(cells: CellFile, path: Path, columns: ObsColumns) -> dict[str, CellFile]:
+    """Give the cells of each context (cell type or line), so that each is judged by itself.
+
+    Effects in one context are compared with its own control cells. The cells of the others take
+    no part: their label is -1.
+
+    Parameters
+    ----------
+    cells
+        All cells of a file.
+    path
+        The file.
+    columns
+        ``obs`` columns that describe a cell. Without ``cell_type_key`` there is one context, "".
+
+    Returns
+    -------
+    Context -> its cells, for contexts that have perturbed cells, in alphabetical order.
+
+    Raises
+    ------
+    StoreError
+        If the column is not there, or a context has perturbed cells but no control.
+    """
+    if columns.cell_type_key is None:
+        return {"": cells}
+    obs, _ = read_names(path)
+    contexts = read_labels(obs, columns.cell_type_key, "cell_type_key", path)
+    control = cells.label_names.index(cells.control)
+    found = {}
+    for name, code in sorted((name, code) for code, name in enumerate(contexts.names)):
+        labels = np.where(contexts.codes == code, cells.labels, -1)
+        if not ((labels >= 0) & (labels != control)).any():
+            continue
+        if not (labels == control).any():
+            raise StoreError(
+                f"{path}: the context {name!r} (obs column {columns.cell_type_key!r}) has "
+                f"perturbed cells but no control ({cells.control!r}) to compare them with"
+            )
+        found[name] = replace(cells, labels=labels)
+    return found
 
 
 @contextmanager

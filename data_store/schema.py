@@ -97,7 +97,7 @@ class CellSource(Protocol):
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """[N] index of each cell's perturbation in ``label_names``."""
+        """[N] index of each cell's perturbation in ``label_names``; -1: it takes no part."""
         ...
 
     @property
@@ -163,6 +163,9 @@ class PerturbationProfiles:
     """[G] mean of the log1p values over the split's control cells."""
     features_PD: npt.NDArray[np.float32]
     """[P, D] perturbation features."""
+    matched_control_PG: npt.NDArray[np.float64]
+    """[P, G] mean of the control cells of the same contexts (and batches) as each perturbation's
+    cells, in the same shares: what its mean is compared with."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,9 @@ class ControlCells:
     """[N] total counts of each cell before normalisation."""
     target_sum: float
     """The count every cell was scaled to before log1p."""
+    mean_G: npt.NDArray[np.float64] | None = None
+    """[G] mean of all control cells of the run in the contexts (and batches) of these, in their
+    shares: a steadier level to start from than the mean of the few. None: their own mean."""
 
 
 class TaskRunner(Protocol):

@@ -21,6 +21,7 @@ from anndata.io import read_elem
 from zarr.errors import NodeNotFoundError
 from zarr.storage import LocalStore
 
+from data_store.cell_sets import Matching
 from data_store.containers import open_anndata
 from data_store.files import full_disk_is_a_user_error
 from data_store.hints import nearest, some
@@ -229,6 +230,8 @@ def build_profiles(
     control_rows: npt.NDArray[np.int64],
     space: OutputSpace,
     features_PD: npt.NDArray[np.float32],
+    matched_rows: npt.NDArray[np.int64] | None = None,
+    matching: Matching = "batch",
 ) -> PerturbationProfiles:
     """Average the cells of each perturbation of a split, read in a stream.
 
@@ -242,7 +245,13 @@ def build_profiles(
         Genes to average.
     features_PD
         A feature row for each of ``store.perturbations``, in that order.
+    matched_rows
+        Store rows of the control cells to compare perturbations with, ascending; None:
+        ``control_rows``. More of them than the split's own make the changes less noisy.
+    matching
+        Whether controls are matched by context and batch, or by context alone.
     """
+    matched_rows = control_rows if matched_rows is None else matched_rows
     codes, groups, num_cells_P = np.unique(
         store.pert_code[pert_rows], return_inverse=True, return_counts=True
     )
@@ -253,7 +262,56 @@ def build_profiles(
         num_cells_P=num_cells_P,
         control_mean_G=compute_mean(store, control_rows, space),
         features_PD=features_PD[codes],
+        matched_control_PG=compute_matched_means(
+            store, pert_rows, groups, matched_rows, space, matching
+        ),
     )
+
+
+def compute_matched_means(
+    store: Store,
+    rows: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    control_rows: npt.NDArray[np.int64],
+    space: OutputSpace,
+    matching: Matching = "batch",
+) -> npt.NDArray[np.float64]:
+    """Average control cells in the contexts and batches of groups of cells, in their shares.
+
+    Parameters
+    ----------
+    store
+        The cells.
+    rows, groups
+        Store rows of the cells, and the group of each, from 0.
+    control_rows
+        Store rows of the control cells, ascending; at least one in each context of ``rows``.
+    space
+        Genes to average.
+    matching
+        ``batch``: by context and batch, where a batch without a control gets the mean of its
+        context. ``context``: by context alone.
+
+    Returns
+    -------
+    [groups, G] means; what to expect of as many controls as there are cells.
+    """
+    num_batches = len(store.batches)
+    num_strata = len(store.contexts) * num_batches
+    stratum = store.context_code * num_batches + store.batch_code
+    sums = _sum_groups(store, control_rows, stratum[control_rows], num_strata, space)
+    counts = np.bincount(stratum[control_rows], minlength=num_strata).astype(np.float64)
+    shape = (len(store.contexts), num_batches)
+    context_sums = sums.reshape(*shape, -1).sum(axis=1).repeat(num_batches, axis=0)
+    context_counts = counts.reshape(shape).sum(axis=1).repeat(num_batches)
+    is_bare = (counts == 0) if matching == "batch" else np.ones(num_strata, dtype=bool)
+    sums[is_bare], counts[is_bare] = context_sums[is_bare], context_counts[is_bare]
+    means = sums / np.maximum(counts, 1)[:, None]
+    num_groups = int(groups.max(initial=-1)) + 1
+    shares = np.zeros((num_groups, num_strata))
+    np.add.at(shares, (groups, stratum[rows]), 1.0)
+    matched: npt.NDArray[np.float64] = (shares / shares.sum(axis=1, keepdims=True)) @ means
+    return matched
 
 
 def _sum_groups(

@@ -27,7 +27,8 @@ from launcher.cli_simulate import simulate
 from launcher.errors import Interrupted
 
 if TYPE_CHECKING:
-    from launcher.pipeline import Pipeline, StageName
+    from launcher.pipeline import StageName
+    from launcher.run_folder import RunFolder
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -82,10 +83,10 @@ def run(
     if dry_run:
         _print_plan(config, overrides)
         return
-    pipeline = _run_until("evaluate", config, overrides, address, local, overwrite)
+    folder = _run_until("evaluate", config, overrides, address, local, overwrite)
     from launcher.evaluate_job import print_leaderboard
 
-    print_leaderboard(pipeline.folder)
+    print_leaderboard(folder)
 
 
 @app.command()
@@ -100,8 +101,9 @@ def train(
 
     Example: statewide train configs/demo.toml cluster.num_workers=1
     """
-    pipeline = _run_until("train", config, overrides, address, local, overwrite)
-    typer.echo(f"checkpoints: {pipeline.folder.checkpoints}")
+    folder = _run_until("train", config, overrides, address, local, overwrite)
+    for trained in sorted(folder.sub_runs.glob("*")) or [folder.path]:
+        typer.echo(f"checkpoints: {trained / 'checkpoints'}")
 
 
 @app.command()
@@ -339,15 +341,17 @@ def _run_until(
     address: str | None,
     local: bool,
     overwrite: bool,
-) -> Pipeline:
+) -> RunFolder:
     from launcher.pipeline import Pipeline
+    from launcher.repeats import RepeatedRun
     from state.recipe import load_config
 
     config = load_config(config_path, overrides or ())
+    kind = RepeatedRun if config.evaluate.has_repeats else Pipeline
     with open_cluster(address, local=local) as (cluster, reporter):
-        pipeline = Pipeline(config, cluster, reporter)
-        pipeline.run(overwrite=overwrite, until=until)
-    return pipeline
+        work = kind(config, cluster, reporter)
+        work.run(overwrite=overwrite, until=until)
+    return work.folder
 
 
 if __name__ == "__main__":

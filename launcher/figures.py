@@ -1,45 +1,24 @@
-"""Figures a paper could print: one column wide, 8 point type, 300 dots per inch, as PNG bytes.
-
-Drawn without pyplot, so no window system is asked for and nothing is left open. Colours are
-those of Okabe and Ito, which the colour-blind can tell apart.
-"""
+"""Figures of the data, one column wide, as PNG bytes; their look: ``launcher.figure_style``."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-_WIDTH_IN = 3.5
-_HEIGHT_IN = 2.5
-_DPI = 300
-_BLUE, _VERMILION, _GREY, _DARK = "#0072B2", "#D55E00", "#8C8C8C", "#404040"
-_DASHES = (0, (4, 3))
-# matplotlib's own type for it lists every key it knows.
-_STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.minor.width": 0.4,
-    "ytick.minor.width": 0.4,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+from launcher.figure_style import (
+    BLUE,
+    DARK,
+    DASHES,
+    GREY,
+    HEIGHT_IN,
+    VERMILION,
+    new_figure,
+    paper_style,
+    to_png,
+)
+
 _MAX_NAMES = 40
 _ROW_IN = 0.15
 # Beyond this, the line at 1 is no longer near the right edge.
@@ -58,13 +37,13 @@ def draw_gene_means(mean_G: npt.NDArray[np.float64], label: str) -> bytes:
         What the means are, such as ``mean count of a gene per cell``.
     """
     shown = mean_G[mean_G > 0]
-    with _paper_style():
-        figure = _new_figure(_HEIGHT_IN)
+    with paper_style():
+        figure = new_figure(HEIGHT_IN)
         axes = figure.add_subplot()
         if shown.size:
-            axes.hist(shown, bins=_log_bins(shown), color=_BLUE, edgecolor="white", linewidth=0.3)
+            axes.hist(shown, bins=_log_bins(shown), color=BLUE, edgecolor="white", linewidth=0.3)
             middle = float(np.median(shown))
-            axes.axvline(middle, color=_VERMILION, linewidth=1)
+            axes.axvline(middle, color=VERMILION, linewidth=1)
             axes.annotate(
                 f"median {middle:.2g}",
                 (middle, 1),
@@ -73,7 +52,7 @@ def draw_gene_means(mean_G: npt.NDArray[np.float64], label: str) -> bytes:
                 textcoords="offset points",
                 ha="center",
                 fontsize=7,
-                color=_VERMILION,
+                color=VERMILION,
             )
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(numticks=8))
@@ -85,8 +64,8 @@ def draw_gene_means(mean_G: npt.NDArray[np.float64], label: str) -> bytes:
         hidden = mean_G.size - shown.size
         note = f", {hidden:,} of them never expressed" if hidden else ""
         # Above the median's label, wherever that lies.
-        axes.set_title(f"{mean_G.size:,} genes{note}", loc="left", color=_DARK, pad=13)
-        return _to_png(figure)
+        axes.set_title(f"{mean_G.size:,} genes{note}", loc="left", color=DARK, pad=13)
+        return to_png(figure)
 
 
 def draw_deltas(delta_PG: npt.NDArray[np.float64], on_target: npt.NDArray[np.float64]) -> bytes:
@@ -99,8 +78,8 @@ def draw_deltas(delta_PG: npt.NDArray[np.float64], on_target: npt.NDArray[np.flo
     on_target
         Those of the perturbed genes themselves: each a mark in a strip below.
     """
-    with _paper_style():
-        figure = _new_figure(_HEIGHT_IN)
+    with paper_style():
+        figure = new_figure(HEIGHT_IN)
         if on_target.size:
             axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[9, 1])
             axes.tick_params(axis="x", which="both", bottom=False)
@@ -111,16 +90,16 @@ def draw_deltas(delta_PG: npt.NDArray[np.float64], on_target: npt.NDArray[np.flo
                 marker="|",
                 s=60,
                 linewidth=0.8,
-                color=_VERMILION,
+                color=VERMILION,
                 label=f"perturbed gene itself ({on_target.size:,})",
             )
             strip.set(yticks=[], ylim=(-1, 1))
             strip.spines["left"].set_visible(False)
         else:
             axes = strip = figure.add_subplot()
-        axes.hist(delta_PG.ravel(), bins=_linear_bins(delta_PG), color=_BLUE, log=True)
+        axes.hist(delta_PG.ravel(), bins=_linear_bins(delta_PG), color=BLUE, log=True)
         for panel in {axes, strip}:
-            panel.axvline(0, color="black", linewidth=0.6, linestyle=_DASHES, zorder=0.5)
+            panel.axvline(0, color="black", linewidth=0.6, linestyle=DASHES, zorder=0.5)
         axes.set(ylabel="gene-perturbation pairs", ylim=(0.5, None))
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
@@ -129,13 +108,13 @@ def draw_deltas(delta_PG: npt.NDArray[np.float64], on_target: npt.NDArray[np.flo
         num_perts, num_genes = delta_PG.shape
         plural = "" if num_perts == 1 else "s"
         axes.set_title(
-            f"{num_perts:,} perturbation{plural}, {num_genes:,} genes", loc="left", color=_DARK
+            f"{num_perts:,} perturbation{plural}, {num_genes:,} genes", loc="left", color=DARK
         )
         if on_target.size:
             # The peak is at 0: the longer side has the room.
             side = "left" if -delta_PG.min() > delta_PG.max() else "right"
             axes.legend(*strip.get_legend_handles_labels(), loc=f"upper {side}", handlelength=0.8)
-        return _to_png(figure)
+        return to_png(figure)
 
 
 def draw_knockdown(table: pd.DataFrame, residual_pert: float) -> bytes:
@@ -150,19 +129,19 @@ def draw_knockdown(table: pd.DataFrame, residual_pert: float) -> bytes:
     """
     shown = table.dropna(subset="residual").sort_values("residual", ascending=False)
     has_names = len(shown) <= _MAX_NAMES
-    height_in = max(_HEIGHT_IN, 1.0 + _ROW_IN * len(shown)) if has_names else _HEIGHT_IN * 1.4
+    height_in = max(HEIGHT_IN, 1.0 + _ROW_IN * len(shown)) if has_names else HEIGHT_IN * 1.4
     places = np.arange(len(shown))
-    with _paper_style():
-        figure = _new_figure(height_in)
+    with paper_style():
+        figure = new_figure(height_in)
         axes = figure.add_subplot()
-        for is_kept, colour, label in ((True, _BLUE, "kept"), (False, _GREY, "not kept")):
+        for is_kept, colour, label in ((True, BLUE, "kept"), (False, GREY, "not kept")):
             chosen = (shown["is_kept"] == is_kept).to_numpy()
             if chosen.any():
                 x = shown["residual"].to_numpy()[chosen]
                 axes.scatter(x, places[chosen], s=14 if has_names else 5, color=colour, label=label)
         line = f"threshold {residual_pert:g}"
-        axes.axvline(residual_pert, color=_VERMILION, linewidth=1, label=line, zorder=0.6)
-        axes.axvline(1, color="black", linewidth=0.6, linestyle=_DASHES, zorder=0.5)
+        axes.axvline(residual_pert, color=VERMILION, linewidth=1, label=line, zorder=0.6)
+        axes.axvline(1, color="black", linewidth=0.6, linestyle=DASHES, zorder=0.5)
         end = 1.05 * max(1.0, float(shown["residual"].max()))
         axes.set_xlim(0, end)
         axes.set_xlabel("expression left of the perturbed gene (control = 1)")
@@ -171,21 +150,11 @@ def draw_knockdown(table: pd.DataFrame, residual_pert: float) -> bytes:
         else:
             axes.set(ylabel="perturbations, strongest knock-down on top", yticks=[])
         axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.set_title(f"{len(shown):,} measured targets", loc="left", color=_DARK)
+        axes.set_title(f"{len(shown):,} measured targets", loc="left", color=DARK)
         # Left of the line at 1, which would run through it.
         right = 0.98 / end if end < _FAR else 1.0
         axes.legend(loc="upper right", bbox_to_anchor=(right, 1.0), handlelength=1.2)
-        return _to_png(figure)
-
-
-@contextmanager
-def _paper_style() -> Iterator[None]:
-    with mpl.rc_context(_STYLE):
-        yield
-
-
-def _new_figure(height_in: float) -> Figure:
-    return Figure(figsize=(_WIDTH_IN, height_in), dpi=_DPI, layout="constrained")
+        return to_png(figure)
 
 
 def _linear_bins(values: npt.NDArray[np.float64]) -> list[float]:
@@ -214,9 +183,3 @@ def _plain_number(value: float, position: int | None = None) -> str:
     if value == 0 or 1e-4 <= value < 1e5:
         return f"{value:,.10g}"
     return f"$10^{{{np.log10(value):.0f}}}$" if value > 0 else ""
-
-
-def _to_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()

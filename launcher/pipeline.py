@@ -18,7 +18,7 @@ from data_store.split_table import format_split_table
 from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
-from launcher.evaluate_job import evaluate_run
+from launcher.evaluate_job import LEADERBOARD_FILES, evaluate_run
 from launcher.objective import refuse_embedding
 from launcher.predict_job import STATE, TRUTH, predict_run
 from launcher.preprocess_job import (
@@ -36,6 +36,7 @@ from launcher.statistics_stages import deltas_of_run, statistics_of_run, statist
 from launcher.train_job import train_here, train_with_ray
 from launcher.train_worker import TrainTask
 from state.config import RunConfig
+from state.leaderboard import CEILING
 from state.training.checkpoint import Checkpoint, CheckpointFolder, find_damaged_files
 from state.transition.initialize import find_weights
 
@@ -260,12 +261,12 @@ class Pipeline:
                 "predict",
                 self._run_fingerprint,
                 sha256_of_file(self.checkpoint.folder / "manifest.json"),
-                evaluate.model_dump(mode="json", exclude={"checkpoint", "fdr"}),
+                evaluate.model_dump(mode="json", exclude={"checkpoint", "folds", "seeds"}),
                 version("statewide"),
             ),
             outputs=[
                 self.folder.predictions / f"{model}.h5ad"
-                for model in (TRUTH, STATE, *evaluate.baselines)
+                for model in (TRUTH, STATE, *evaluate.baselines, CEILING)
             ],
             work=lambda: predict_run(
                 self.config, self.folder, self.store, self.checkpoint, self._cluster.run_tasks
@@ -283,7 +284,9 @@ class Pipeline:
                 version("statewide"),
             ),
             outputs=[
-                self.folder.evaluation / name for name in ("leaderboard.csv", "leaderboard.md")
+                *(self.folder.evaluation / name for name in LEADERBOARD_FILES),
+                self.folder.tensorboard / "evaluate",
+                self.folder.report,
             ],
             work=lambda: evaluate_run(self.config, self.folder, self._cluster.run_tasks),
         )
@@ -338,6 +341,12 @@ class Pipeline:
     @property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that ``evaluate.checkpoint`` asks for."""
+        sub_runs = sorted(path.name for path in self.folder.sub_runs.glob("*"))
+        if sub_runs and not self.folder.checkpoints.is_dir():
+            raise LaunchError(
+                f"{self.folder.path} holds a run for each fold and seed; name one of them: "
+                f"{self.folder.sub_runs / sub_runs[0]} (of {', '.join(sub_runs)})"
+            )
         folder = self._checkpoints
         wanted = self.config.evaluate.checkpoint
         checkpoint = folder.best() if wanted == "best" else folder.last()
@@ -374,8 +383,10 @@ def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
     sets_per_step = (
         config.train.micro_batch_size * config.train.grad_accum_steps * cluster.num_workers
     )
+    repeats = max(1, len(config.evaluate.seeds)) * (config.evaluate.folds or 1)
     lines = [
         f"recipe {recipe} is valid",
+        *([f"{repeats} runs, one for each fold and seed"] if repeats > 1 else []),
         f"stages: {' -> '.join(stages)}",
         *(() if config.simulate is None else [f"simulates {describe_simulation(config.simulate)}"]),
         f"run folder: {config.output_dir}",

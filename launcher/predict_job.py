@@ -9,36 +9,46 @@ Shape legend: N cells, G genes.
 
 from __future__ import annotations
 
+import pickle
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from data_store.cell_sets import find_groups, pair_controls
-from data_store.files import folder_made_whole, write_json_atomically
-from data_store.row_reader import RowReader, open_rows
-from data_store.schema import ControlCells, SplitName, TaskRunner
-from data_store.splits import Splits, read_splits, split_rows
+from data_store.files import folder_made_whole, write_bytes_atomically, write_json_atomically
+from data_store.schema import CellTable, PerturbationProfiles, SplitName, TaskRunner
+from data_store.splits import read_splits
 from data_store.store import Store
-from data_store.tables import build_profiles, write_predictions
-from launcher.batches import iterate_prediction_batches
-from launcher.objective import build_features, build_objective
+from data_store.tables import write_predictions
+from launcher.predict_models import (
+    FloatMatrix,
+    PredictContext,
+    build_split_profiles,
+    predict_own_cells,
+    predict_with_baseline,
+    redraw_cells,
+    take_half,
+)
 from launcher.run_folder import RunFolder
-from state.baselines.registry import build_baselines
+from state.baselines.base import ChangeBaseline
+from state.baselines.registry import build_baseline
 from state.config import RunConfig
+from state.leaderboard import CEILING
+from state.metrics.profiles import Conventions
 from state.recipe import load_resolved_config
+from state.synthesis_choice import Choice, Synthesis, choose_synthesis
 from state.training.checkpoint import Checkpoint
-from state.transition.predict import predict_cells
 
-FloatMatrix = npt.NDArray[np.float32]
-
-STATE = "state"
+STATE: Final = "state"
 """The model's row in the leaderboard."""
-TRUTH = "real"
+TRUTH: Final = "real"
 """Name of the file with the true cells."""
+PROVENANCE: Final = "provenance.json"
+_PROFILES: Final = "profiles.pickle"
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class PredictTask:
     """One file to write; picklable, and small."""
 
     model: str
-    """``state``, a baseline's name, or ``real`` for the truth itself."""
+    """``state``, a baseline's name, ``ceiling``, or ``real`` for the truth itself."""
     run_dir: Path
     store: Path
     weights: Path
@@ -59,26 +69,19 @@ class PredictTask:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """The cells of a split that are to be predicted, and the controls they are predicted from."""
+class Predicted:
+    """What a prediction cost, and how its cells were made."""
 
-    target_rows: npt.NDArray[np.int64]
-    """[N] store rows of the perturbed cells, in store order."""
-    paired_rows: npt.NDArray[np.int64]
-    """[N] store row of the control cell paired with each of them."""
-    control_rows: npt.NDArray[np.int64]
-    """Store rows of the split's control cells, written beside the prediction."""
-
-
-@dataclass(frozen=True)
-class PredictContext:
-    """What every model's prediction starts from."""
-
-    config: RunConfig
-    store: Store
-    splits: Splits
-    held_out: HeldOut
-    reader: RowReader
+    fit_s: float
+    """Seconds to fit a baseline, the choice of its hyper-parameters included."""
+    choice_s: float
+    """Seconds to choose how cells are made."""
+    predict_s: float
+    """Seconds to predict and write."""
+    synthesis: str
+    """How the cells were made."""
+    candidates: dict[str, float]
+    """What each way was worth on the validation split."""
 
 
 def predict_run(
@@ -104,17 +107,19 @@ def predict_run(
                 num_cpus=config.cluster.cpus_per_worker if model == STATE else 1,
                 num_gpus=int(config.cluster.use_gpu and model == STATE),
             )
-            for model in (TRUTH, STATE, *config.evaluate.baselines)
+            for model in (TRUTH, STATE, *config.evaluate.baselines, CEILING)
         ]
-        timings = list(run_tasks(write_prediction, tasks, what="predicting", unit="models"))
-        seconds = {task.model: spent for task, spent in zip(tasks, timings, strict=True)}
+        list(run_tasks(write_profiles, tasks[:1], what="averaging", unit="tables"))
+        results = list(run_tasks(write_prediction, tasks, what="predicting", unit="models"))
         write_json_atomically(
-            partial / "provenance.json",
+            partial / PROVENANCE,
             {
                 "split": "test",
                 "checkpoint": checkpoint.folder.name,
                 "progress": asdict(checkpoint.progress),
-                "seconds": seconds,
+                "models": {
+                    task.model: asdict(result) for task, result in zip(tasks, results, strict=True)
+                },
             },
         )
 
@@ -122,96 +127,179 @@ def predict_run(
 def predict_split(
     folder: RunFolder, store: Store, checkpoint: Checkpoint, split: SplitName, out: Path
 ) -> None:
-    """Write the model's prediction of one split as an h5ad."""
-    write_prediction(
-        PredictTask(STATE, folder.path, store.path, checkpoint.weights_path, split, out)
+    """Write the model's own cells of one split as an h5ad."""
+    task = PredictTask(STATE, folder.path, store.path, checkpoint.weights_path, split, out)
+    context = _open(task)
+    _write(context, predict_own_cells(context, task.weights), out)
+
+
+def write_profiles(task: PredictTask) -> None:
+    """Average the train and validation perturbations once, for all baselines."""
+    context = _open(task)
+    profiles = build_split_profiles(context.config, context.store, context.splits)
+    write_bytes_atomically(task.out.with_name(_PROFILES), pickle.dumps(profiles))
+
+
+def write_prediction(task: PredictTask) -> Predicted:
+    """Predict with one model and write the h5ad."""
+    started_s = time.perf_counter()
+    context = _open(task)
+    if task.model == TRUTH:
+        _write(context, None, task.out)
+        return Predicted(0.0, 0.0, time.perf_counter() - started_s, "", {})
+    if task.model == CEILING:
+        context.held_out = take_half(context)
+        _write(context, None, task.out)
+        return Predicted(0.0, 0.0, time.perf_counter() - started_s, "half of the real cells", {})
+    if task.model == STATE:
+        fit_s, choice, choice_s, predict = _prepare_state(task, context)
+    else:
+        fit_s, choice, choice_s, predict = _prepare_baseline(task, context)
+    started_s = time.perf_counter()
+    _write(context, predict(choice.chosen), task.out)
+    predict_s = time.perf_counter() - started_s
+    return Predicted(fit_s, choice_s, predict_s, choice.chosen.name, choice.scores)
+
+
+Predict = Callable[[Synthesis], FloatMatrix]
+
+
+def _prepare_state(
+    task: PredictTask, context: PredictContext
+) -> tuple[float, Choice, float, Predict]:
+    """Choose how the model's cells are made; return what predicts them."""
+
+    def predictor(where: PredictContext) -> Predict:
+        own_NG: list[FloatMatrix] = []
+
+        def predict(way: Synthesis) -> FloatMatrix:
+            if not own_NG:
+                own_NG.append(predict_own_cells(where, task.weights))
+            return own_NG[0] if way.scale is None else redraw_cells(where, own_NG[0], way.scale)
+
+        return predict
+
+    started_s = time.perf_counter()
+    candidates = _candidates(context.config, has_own_cells=True)
+    choice = _choose(task, candidates, predictor)
+    return 0.0, choice, time.perf_counter() - started_s, predictor(context)
+
+
+def _prepare_baseline(
+    task: PredictTask, context: PredictContext
+) -> tuple[float, Choice, float, Predict]:
+    """Choose how a baseline's cells are made, fitted on train alone; then fit it on train + val."""
+    profiles = _read_profiles(task)
+    settings = context.config.evaluate
+    started_s = time.perf_counter()
+    fitted = build_baseline(task.model, settings)
+    choice = Choice(Synthesis(None), {})
+    if isinstance(fitted, ChangeBaseline):
+        on_train = build_baseline(task.model, settings)
+        on_train.fit(profiles["train"], _none_of(profiles["val"]))
+        candidates = _candidates(context.config, has_own_cells=False)
+        choice = _choose(
+            task,
+            candidates,
+            lambda val: lambda way: predict_with_baseline(val, on_train, way.scale or 1.0),
+        )
+    choice_s, started_s = time.perf_counter() - started_s, time.perf_counter()
+    fitted.fit(profiles["train"], profiles["val"])
+    fit_s = time.perf_counter() - started_s
+    return (
+        fit_s,
+        choice,
+        choice_s,
+        lambda way: predict_with_baseline(context, fitted, way.scale or 1.0),
     )
 
 
-def write_prediction(task: PredictTask) -> float:
-    """Predict with one model, write the h5ad, and return the seconds it took."""
-    started_s = time.perf_counter()
+def _candidates(config: RunConfig, *, has_own_cells: bool) -> list[Synthesis]:
+    """List the ways to make cells that the recipe allows."""
+    own = [Synthesis(None)] if has_own_cells and config.evaluate.own_cells != "never" else []
+    if own and config.evaluate.own_cells == "always":
+        return own
+    return [*own, *(Synthesis(scale) for scale in config.evaluate.effect_scales)]
+
+
+def _choose(
+    task: PredictTask,
+    candidates: list[Synthesis],
+    predictor: Callable[[PredictContext], Predict],
+) -> Choice:
+    """Choose among the candidates on the validation split, against the cell mean of train."""
+    if len(candidates) == 1:
+        return Choice(candidates[0], {})
+    profiles = _read_profiles(task)
+    context = _open(replace(task, split="val"))
+    reference = build_baseline("cell_mean", context.config.evaluate)
+    reference.fit(profiles["train"], _none_of(profiles["val"]))
+    predict = predictor(context)
+    return choose_synthesis(
+        candidates,
+        lambda way: _as_table(context, predict(way)),
+        _as_table(context, None),
+        _as_table(context, predict_with_baseline(context, reference)),
+        Conventions(fdr=context.config.evaluate.fdr),
+    )
+
+
+def _none_of(profiles: PerturbationProfiles) -> PerturbationProfiles:
+    """Leave out every perturbation."""
+    return PerturbationProfiles(
+        names=(),
+        mean_PG=profiles.mean_PG[:0],
+        num_cells_P=profiles.num_cells_P[:0],
+        control_mean_G=profiles.control_mean_G,
+        features_PD=profiles.features_PD[:0],
+        matched_control_PG=profiles.matched_control_PG[:0],
+    )
+
+
+def _open(task: PredictTask) -> PredictContext:
     folder = RunFolder(task.run_dir)
     config = load_resolved_config(folder.config)
     torch.set_num_threads(task.num_cpus)
     store = Store.open(task.store)
-    context = PredictContext(
-        config=config,
-        store=store,
-        splits=(splits := read_splits(folder.splits, store)),
-        held_out=(held_out := find_held_out(config, store, splits, task.split)),
-        reader=open_rows(
-            store,
-            config.model.gene_space,
-            (rows := np.concatenate([held_out.target_rows, held_out.control_rows])),
-            resident_gib=config.data.resident_gib,
-        ),
-    )
-    values_NG = np.empty((len(rows), context.reader.num_genes), dtype=np.float32)
+    return PredictContext(config, store, read_splits(folder.splits, store), task.split)
+
+
+def _read_profiles(task: PredictTask) -> dict[SplitName, PerturbationProfiles]:
+    profiles: dict[SplitName, PerturbationProfiles]
+    profiles = pickle.loads(task.out.with_name(_PROFILES).read_bytes())
+    return profiles
+
+
+def _values_with_controls(context: PredictContext, cells_NG: FloatMatrix | None) -> FloatMatrix:
+    """Append the real control cells to predicted cells, or to the true ones (None)."""
+    held_out, reader = context.held_out, context.reader
     num_targets = len(held_out.target_rows)
-    context.reader.take(held_out.control_rows, values_NG[num_targets:])
-    if task.model == TRUTH:
-        context.reader.take(held_out.target_rows, values_NG[:num_targets])
-    elif task.model == STATE:
-        predict_with_state(context, task.weights, values_NG[:num_targets])
+    values_NG = np.empty(
+        (num_targets + len(held_out.control_rows), reader.num_genes), dtype=np.float32
+    )
+    if cells_NG is None:
+        reader.take(held_out.target_rows, values_NG[:num_targets])
     else:
-        predict_with_baseline(context, task.model, values_NG[:num_targets])
-    genes = store.output_genes(config.model.gene_space)
-    write_predictions(task.out, values_NG, genes, store.read_obs(rows))
-    return time.perf_counter() - started_s
+        values_NG[:num_targets] = cells_NG
+    reader.take(held_out.control_rows, values_NG[num_targets:])
+    return values_NG
 
 
-def find_held_out(config: RunConfig, store: Store, splits: Splits, split: SplitName) -> HeldOut:
-    """Find the cells of a split and pair each with a control cell of the same split."""
-    target_rows, control_rows = split_rows(store, splits, split)
-    paired_rows = pair_controls(
-        store,
-        target_rows,
-        control_rows,
-        matching=config.data.control_matching,
-        seed=config.seed,
+def _write(context: PredictContext, cells_NG: FloatMatrix | None, out: Path) -> None:
+    rows = np.concatenate([context.held_out.target_rows, context.held_out.control_rows])
+    genes = context.store.output_genes(context.config.model.gene_space)
+    obs = context.store.read_obs(rows)
+    write_predictions(out, _values_with_controls(context, cells_NG), genes, obs)
+
+
+def _as_table(context: PredictContext, cells_NG: FloatMatrix | None) -> CellTable:
+    store = context.store
+    rows = np.concatenate([context.held_out.target_rows, context.held_out.control_rows])
+    codes, labels = np.unique(store.pert_code[rows], return_inverse=True)
+    return CellTable(
+        _values_with_controls(context, cells_NG),
+        store.output_genes(context.config.model.gene_space),
+        labels.astype(np.int64),
+        tuple(store.perturbations[code] for code in codes),
+        store.control,
     )
-    return HeldOut(target_rows, paired_rows, control_rows)
-
-
-def predict_with_state(context: PredictContext, weights: Path, out_NG: FloatMatrix) -> None:
-    """Fill ``out_NG`` with the trained model's predictions."""
-    config, held_out = context.config, context.held_out
-    use_gpu = config.cluster.use_gpu and torch.cuda.is_available()
-    objective = build_objective(config, context.store, context.splits)
-    objective.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    objective.to("cuda" if use_gpu else "cpu")
-    batches = iterate_prediction_batches(
-        context.store,
-        context.reader,
-        held_out.target_rows,
-        held_out.paired_rows,
-        cell_set_len=config.model.cell_set_len,
-        seed=config.seed,
-    )
-    for places, batch in batches:
-        (out_NG[places],) = predict_cells(objective, [batch])
-
-
-def predict_with_baseline(context: PredictContext, name: str, out_NG: FloatMatrix) -> None:
-    """Fit a baseline on train and validation, and fill ``out_NG`` with its predictions."""
-    config, store, held_out = context.config, context.store, context.held_out
-    (baseline,) = (b for b in build_baselines(config.evaluate) if b.name == name)
-    features_PD = build_features(config, store, context.splits).values.numpy()
-    space = config.model.gene_space
-    train, val = (
-        build_profiles(store, *split_rows(store, context.splits, split), space, features_PD)
-        for split in ("train", "val")
-    )
-    baseline.fit(train, val)
-    for group in find_groups(store, held_out.target_rows):
-        places = np.flatnonzero(np.isin(held_out.target_rows, group.rows))
-        control_rows = held_out.paired_rows[places]
-        controls_NG = np.empty((len(places), out_NG.shape[1]), dtype=np.float32)
-        context.reader.take(control_rows, controls_NG)
-        out_NG[places] = baseline.predict(
-            store.perturbations[group.pert],
-            features_PD[group.pert],
-            ControlCells(controls_NG, store.library_size[control_rows], store.target_sum),
-            np.random.default_rng([config.seed, group.context, group.pert]),
-        )

@@ -161,7 +161,8 @@ def split_store(config: RunConfig, store: Store, folder: RunFolder) -> list[Spli
     The table of cells and perturbations in each split and context, as ``splits.csv`` has it.
     """
     features = load_perturbation_features(config.features, store.perturbations, store.control)
-    splits = build_splits(config.split, store, seed=config.seed, drop=features.dropped)
+    split_seed = config.seed if config.split.seed is None else config.split.seed
+    splits = build_splits(config.split, store, seed=split_seed, drop=features.dropped)
     table = count_splits(store, splits)
     write_splits(folder.splits, splits)
     write_json_atomically(

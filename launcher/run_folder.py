@@ -37,7 +37,7 @@ _OWN_NAMES = (
     *("config.toml", "deepspeed.json", "features.json", "metrics.jsonl", "splits.toml"),
     *("init_from.json", "profile"),
     *("checkpoints", "evaluation", "logs", "predictions", "stages", "statistics"),
-    *("store", "tb"),
+    *("store", "tb", "runs", "report.html"),
     *("evaluation.partial", "predictions.partial", "store.partial"),
 )
 
@@ -68,6 +68,8 @@ class RunFolder:
         self.predictions = path / "predictions"
         self.evaluation = path / "evaluation"
         self.logs = path / "logs"
+        self.sub_runs = path / "runs"
+        self.report = path / "report.html"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -170,12 +170,14 @@ def _write_delta_tables(deltas: PertDeltas, files: StatisticsFiles) -> dict[str,
     return {files.delta_distribution.stem: files.delta_distribution}
 
 
-def write_tensorboard(folder: Path, pictures: Mapping[str, Path]) -> None:
+def write_tensorboard(
+    folder: Path, pictures: Mapping[str, Path], section: str = "statistics"
+) -> None:
     """Show pictures in TensorBoard: replace a folder with events that hold them."""
     with folder_made_whole(folder) as partial, SummaryWriter(log_dir=str(partial)) as writer:
         for tag, path in pictures.items():
             pixels_HWC = matplotlib.image.imread(path)
-            writer.add_image(f"statistics/{tag}", pixels_HWC, global_step=0, dataformats="HWC")
+            writer.add_image(f"{section}/{tag}", pixels_HWC, global_step=0, dataformats="HWC")
 
 
 def _write_csv(path: Path, table: pd.DataFrame, *, index: bool = False) -> None:

@@ -101,7 +101,14 @@ def train_here(task: TrainTask, config: RunConfig, reporter: Reporter) -> None:
 
 @contextmanager
 def single_process_group(config: RunConfig) -> Iterator[None]:
-    """Initialise a process group of one, so that the engine runs as it does on a cluster."""
+    """Initialise a process group of one, so that the engine runs as it does on a cluster.
+
+    A group that is there stays: DeepSpeed keeps the first one for good, so several trainings in
+    one process must share it.
+    """
+    if dist.is_initialized():
+        yield
+        return
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     before = {name: os.environ.get(name) for name in alone}
     os.environ.update(alone)

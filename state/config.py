@@ -30,7 +30,14 @@ class ConfigError(UserError):
 
 
 BaselineName = Literal[
-    "cell_mean", "no_change", "pert_mean", "nearest", "ridge", "low_rank", "random_forest"
+    "cell_mean",
+    "control_mean",
+    "no_change",
+    "pert_mean",
+    "nearest",
+    "ridge",
+    "low_rank",
+    "random_forest",
 ]
 ModelPart = Literal[
     "cell_encoder", "pert_encoder", "batch_encoder", "backbone", "head", "tokens", "decoder"
@@ -119,6 +126,8 @@ class SplitConfig(Section):
     """Share for validation; the rest is the test split."""
     controls: Literal["partition", "shared"] = "partition"
     """Control cells: divided among the splits in the same shares, or all of them in each."""
+    seed: Seed | None = None
+    """Seed of the division; absent: the run's own."""
 
     @model_validator(mode="after")
     def _leaves_a_test_split(self) -> SplitConfig:
@@ -265,7 +274,7 @@ class ClusterConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Which baselines stand beside the model, and how it predicts."""
+    """Which baselines stand beside the model, how all of them predict, and how often."""
 
     baselines: tuple[BaselineName, ...] = get_args(BaselineName)
     """Rows of the leaderboard beside ``state``. ``cell_mean`` is needed for Overall."""
@@ -287,12 +296,35 @@ class EvaluateConfig(Section):
     """Smallest leaves tried for the random forest; cross-validation on train + val chooses."""
     fdr: Fraction = 0.05
     """A gene is significant below this false discovery rate."""
+    own_cells: Literal["auto", "always", "never"] = "auto"
+    """The trained model's cells: as it predicts them, drawn from counts with the changes it
+    predicts, or whichever is better on the validation split."""
+    effect_scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 0.5, 0.25)
+    """Factors on predicted changes where cells are drawn from counts; the validation split
+    chooses one for each model."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Repeat the run for each fold of a cross-validation over perturbations, in sub-runs that
+    share the store, and judge all of them together. Absent: one run, of the ``[split]`` table."""
+    seeds: tuple[Seed, ...] = ()
+    """Repeat the run with each of these seeds (of weights and order; the split stays), in
+    sub-runs, and report the spread. Absent: the run's own seed."""
 
     @model_validator(mode="after")
     def _has_the_reference_row(self) -> EvaluateConfig:
         if "cell_mean" not in self.baselines:
             raise ValueError("baselines must contain 'cell_mean': Overall is scaled against it")
         return self
+
+    @model_validator(mode="after")
+    def _repeats_no_seed(self) -> EvaluateConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)} names one twice")
+        return self
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether the run consists of sub-runs."""
+        return self.folds is not None or bool(self.seeds)
 
 
 class StatisticsConfig(Section):
@@ -347,6 +379,16 @@ class RunConfig(Section):
             raise ValueError(
                 "train.freeze = 'backbone' would freeze what model.lora_rank is to train; "
                 "the transformer's own weights are frozen without it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_way_to_divide(self) -> RunConfig:
+        chosen = self.split.model_dump(include={"file", "folds", "test_contexts"})
+        given = [f"split.{key}" for key, value in chosen.items() if value]
+        if self.evaluate.folds is not None and given:
+            raise ValueError(
+                f"evaluate.folds and {' and '.join(given)} each say what is for test; keep one"
             )
         return self
 

@@ -8,8 +8,8 @@ with ``compare``. ``state.leaderboard`` puts several models side by side. Defini
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -75,6 +75,17 @@ class Evaluation:
             metric: float(self.per_perturbation[column].mean())
             for metric, column in COLUMN_OF.items()
         }
+
+    def with_suffix(self, suffix: str) -> Evaluation:
+        """Add a text to the name of each perturbation."""
+        names = self.per_perturbation["perturbation"] + suffix
+        return replace(self, per_perturbation=self.per_perturbation.assign(perturbation=names))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Evaluation]) -> Evaluation:
+        """Join evaluations of other perturbations under the same conventions."""
+        frame = pd.concat([part.per_perturbation for part in parts], ignore_index=True)
+        return Evaluation(frame, parts[0].columns, sum(part.num_ties for part in parts))
 
     @property
     def summary(self) -> pd.DataFrame:

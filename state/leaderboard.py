@@ -1,11 +1,14 @@
 """Several models side by side: means, scores against a reference, bootstrap intervals.
 
-Definitions: ``state.metrics``. Legend: P perturbations, R resamples, 3 = DES, PDS, MAE.
+Definitions: ``state.metrics``. Written down by ``state.leaderboard_format``. Legend:
+P perturbations, R resamples, 3 = DES, PDS, MAE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +18,28 @@ from state.evaluate import COLUMN_OF, Evaluation
 from state.metrics.errors import EvaluationError
 from state.metrics.overall import METRICS, compute_overall, scale_scores
 
+CEILING = "ceiling"
+"""Row of the split-half of the real cells: no model, so neither ranked nor a baseline."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One model's scores, and what the resampling of perturbations makes of them."""
+
+    mean_3: FloatArray
+    scaled_3: FloatArray
+    overall: float
+    means_R3: FloatArray
+    overall_R: FloatArray
+
 
 def build_leaderboard(
     evaluations: Mapping[str, Evaluation],
     reference: str = "cell_mean",
     *,
+    baselines: Collection[str] = (),
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -31,85 +51,95 @@ def build_leaderboard(
         Model name -> evaluation, all on the same perturbations.
     reference
         The model that scores 0.
+    baselines
+        The models among which the best is looked for, to compare every model with; none: the
+        columns of the difference are NaN.
     num_resamples
-        Bootstrap resamples of the perturbations behind ``overall_low`` and ``overall_high``.
+        Bootstrap resamples of the perturbations behind the intervals.
     seed
         Seed of the bootstrap. Each resample draws the same perturbations for every model, so the
-        interval is that of the model against the reference.
+        interval of Overall is that of the model against the reference, and the interval of a
+        difference that of paired models.
 
     Returns
     -------
     leaderboard
-        One row a model, best Overall first: model, des, pds, mae, overall, overall_low,
-        overall_high (95 % interval), des_scaled, pds_scaled, mae_scaled, num_perturbations.
+        One row a model, best Overall first and the ceiling last: model, des, pds, mae, overall,
+        overall_low, overall_high (95 % interval), des_scaled, pds_scaled, mae_scaled, des_low ...
+        mae_high, best_baseline, difference (Overall less that of the best baseline),
+        difference_low, difference_high, num_perturbations.
 
     Raises
     ------
     EvaluationError
         If the reference is absent, or the models were not judged on the same perturbations.
     """
-    scores = _scores_by_model(evaluations, reference)
-    num_perts = len(scores[reference])
+    by_model = _scores_by_model(evaluations, reference)
+    num_perts = len(by_model[reference])
     draws_RP = np.random.default_rng(seed).multinomial(
         num_perts, np.full(num_perts, 1 / num_perts), size=num_resamples
     )
     weights_RP = draws_RP / num_perts
-    reference_mean_3 = scores[reference].mean(axis=0)
-    reference_resampled_R3 = weights_RP @ scores[reference]
-    rows = []
-    for model, scores_P3 in scores.items():
-        mean_3 = scores_P3.mean(axis=0)
-        scaled_3 = scale_scores(mean_3, reference_mean_3)
-        resampled_R = compute_overall(scale_scores(weights_RP @ scores_P3, reference_resampled_R3))
-        low, high = np.percentile(resampled_R, [2.5, 97.5])
-        rows.append(
-            {
-                "model": model,
-                **dict(zip(METRICS, mean_3, strict=True)),
-                "overall": float(compute_overall(scaled_3)),
-                "overall_low": low,
-                "overall_high": high,
-                **{f"{m}_scaled": value for m, value in zip(METRICS, scaled_3, strict=True)},
-                "num_perturbations": num_perts,
-            }
-        )
+    base_3 = by_model[reference].mean(axis=0)
+    base_R3 = weights_RP @ by_model[reference]
+    scores = {
+        model: _resample(scores_P3, weights_RP, base_3, base_R3)
+        for model, scores_P3 in by_model.items()
+    }
+    candidates = [model for model in scores if model in baselines]
+    best = max(candidates, key=lambda model: scores[model].overall) if candidates else None
+    rows = [
+        _describe(model, entry, scores, best) | {"num_perturbations": num_perts}
+        for model, entry in scores.items()
+    ]
     table = pd.DataFrame(rows)
-    return table.sort_values("overall", ascending=False, kind="stable", ignore_index=True)
+    table["is_ceiling"] = table["model"] == CEILING
+    table = table.sort_values(
+        ["is_ceiling", "overall"], ascending=[True, False], kind="stable", ignore_index=True
+    )
+    return table.drop(columns="is_ceiling")
 
 
-def leaderboard_to_csv(leaderboard: pd.DataFrame) -> str:
-    """Write a leaderboard as csv, with every digit."""
-    return str(leaderboard.to_csv(index=False, lineterminator="\n"))
+def _resample(
+    scores_P3: FloatArray, weights_RP: FloatArray, base_3: FloatArray, base_R3: FloatArray
+) -> _Scores:
+    mean_3, means_R3 = scores_P3.mean(axis=0), weights_RP @ scores_P3
+    scaled_3 = scale_scores(mean_3, base_3)
+    overall_R = compute_overall(scale_scores(means_R3, base_R3))
+    return _Scores(mean_3, scaled_3, float(compute_overall(scaled_3)), means_R3, overall_R)
 
 
-def leaderboard_to_markdown(leaderboard: pd.DataFrame) -> str:
-    """Write a leaderboard as a markdown table, rounded, with what the columns mean below it."""
-    lines = [
-        "| model | DES | PDS | MAE | Overall | 95 % interval | scaled DES / PDS / MAE |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in leaderboard.to_dict("records"):
-        scaled = " / ".join(f"{row[f'{metric}_scaled']:.3f}" for metric in METRICS)
-        lines.append(
-            f"| {row['model']} | {row['des']:.4f} | {row['pds']:.4f} | {row['mae']:.4f} "
-            f"| {row['overall']:.2f} | {row['overall_low']:.2f} to {row['overall_high']:.2f} "
-            f"| {scaled} |"
-        )
-    num_perts = int(leaderboard["num_perturbations"].max())
-    lines += [
-        "",
-        f"Means over {num_perts} perturbations. DES: share of the truly differential genes found. "
-        "PDS: how near a predicted effect lies to its own true effect. MAE: error of the mean "
-        "expression (lower is better). Overall: 100 x mean of the three, scaled so that the "
-        "reference is 0 and perfection 1. Interval: bootstrap over perturbations, paired with the "
-        "reference.",
-    ]
-    return "\n".join(lines) + "\n"
+def _describe(
+    model: str, entry: _Scores, scores: Mapping[str, _Scores], best: str | None
+) -> dict[str, Any]:
+    low, high = _interval(entry.overall_R)
+    row: dict[str, Any] = {
+        "model": model,
+        **dict(zip(METRICS, entry.mean_3, strict=True)),
+        "overall": entry.overall,
+        "overall_low": low,
+        "overall_high": high,
+        **{f"{m}_scaled": value for m, value in zip(METRICS, entry.scaled_3, strict=True)},
+    }
+    for place, metric in enumerate(METRICS):
+        row[f"{metric}_low"], row[f"{metric}_high"] = _interval(entry.means_R3[:, place])
+    row |= {"best_baseline": best or "", "difference": np.nan}
+    row |= {"difference_low": np.nan, "difference_high": np.nan}
+    if best is not None:
+        row["difference"] = entry.overall - scores[best].overall
+        paired_R = entry.overall_R - scores[best].overall_R
+        row["difference_low"], row["difference_high"] = _interval(paired_R)
+    return row
+
+
+def _interval(values_R: FloatArray) -> tuple[float, float]:
+    low, high = np.percentile(values_R, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _scores_by_model(
     evaluations: Mapping[str, Evaluation], reference: str
-) -> dict[str, npt.NDArray[np.float64]]:
+) -> dict[str, FloatArray]:
     """Return [P, 3] scores of each model, over the same perturbations in the same order."""
     if reference not in evaluations:
         raise EvaluationError(

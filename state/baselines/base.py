@@ -5,7 +5,7 @@ Shape legend: N cells, G genes, P perturbations, D feature width.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +39,20 @@ class Baseline(Protocol):
         ...
 
 
+@runtime_checkable
+class ChangeBaseline(Baseline, Protocol):
+    """A baseline whose cells come from a predicted change of the mean by ``synthesize_cells``."""
+
+    def predict_change(self, feature_D: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Predict the change of the mean log1p expression, [G]."""
+        ...
+
+
 def stack_changes(
     train: PerturbationProfiles, val: PerturbationProfiles
 ) -> npt.NDArray[np.float64]:
     """Change of the mean expression of each perturbation, [P, G], train first.
 
-    Each split's perturbations are compared with that split's own controls.
+    Each perturbation is compared with controls of its own contexts and batches.
     """
-    return np.concatenate([split.mean_PG - split.control_mean_G for split in (train, val)])
+    return np.concatenate([split.mean_PG - split.matched_control_PG for split in (train, val)])

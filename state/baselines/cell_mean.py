@@ -1,4 +1,4 @@
-"""The mean of all training perturbations, repeated for every cell: the metrics' reference."""
+"""One vector for every cell: the mean of all perturbations (the reference), or of the controls."""
 
 from __future__ import annotations
 
@@ -39,3 +39,26 @@ class CellMeanBaseline:
         del perturbation, feature_D, rng
         assert self._mean_G is not None, "fit comes before predict"
         return np.tile(self._mean_G, (len(controls.values_NG), 1))
+
+
+class ControlMeanBaseline:
+    """Predict the mean of the control cells for every cell: no change, and no spread either."""
+
+    name = "control_mean"
+
+    def fit(self, train: PerturbationProfiles, val: PerturbationProfiles) -> None:
+        """Learn nothing."""
+        del train, val
+
+    def predict(
+        self,
+        perturbation: str,
+        feature_D: npt.NDArray[np.float32],
+        controls: ControlCells,
+        rng: np.random.Generator,
+    ) -> npt.NDArray[np.float32]:
+        """Repeat the level of the controls; neither perturbation nor generator matter."""
+        del perturbation, feature_D, rng
+        values_NG = controls.values_NG
+        mean_G = values_NG.mean(axis=0) if controls.mean_G is None else controls.mean_G
+        return np.tile(mean_G.astype(np.float32), (len(values_NG), 1))

@@ -39,6 +39,12 @@ class PerturbationMeanBaseline:
             )
         self._change_G = changes_PG.mean(axis=0)
 
+    def predict_change(self, feature_D: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Return the mean change, [G], whatever the features."""
+        del feature_D
+        assert self._change_G is not None, "fit comes before predict"
+        return self._change_G
+
     def predict(
         self,
         perturbation: str,
@@ -47,6 +53,5 @@ class PerturbationMeanBaseline:
         rng: np.random.Generator,
     ) -> npt.NDArray[np.float32]:
         """Predict one perturbed cell for each control cell; name and features play no part."""
-        del perturbation, feature_D
-        assert self._change_G is not None, "fit comes before predict"
-        return synthesize_cells(self._change_G, controls, rng)
+        del perturbation
+        return synthesize_cells(self.predict_change(feature_D), controls, rng)

@@ -1,4 +1,4 @@
-"""Build the baselines that a config names."""
+"""Build the baselines that a config names, with its settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from state.baselines.base import Baseline
-from state.baselines.cell_mean import CellMeanBaseline
+from state.baselines.cell_mean import CellMeanBaseline, ControlMeanBaseline
 from state.baselines.low_rank import LowRankBaseline
 from state.baselines.nearest import NearestBaseline
 from state.baselines.no_change import NoChangeBaseline
@@ -17,6 +17,7 @@ from state.config import EvaluateConfig
 
 _BUILDERS: Final[dict[str, Callable[[EvaluateConfig], Baseline]]] = {
     "cell_mean": lambda config: CellMeanBaseline(),
+    "control_mean": lambda config: ControlMeanBaseline(),
     "no_change": lambda config: NoChangeBaseline(),
     "pert_mean": lambda config: PerturbationMeanBaseline(),
     "nearest": lambda config: NearestBaseline(config.nearest_neighbors),
@@ -28,6 +29,6 @@ _BUILDERS: Final[dict[str, Callable[[EvaluateConfig], Baseline]]] = {
 }
 
 
-def build_baselines(config: EvaluateConfig) -> list[Baseline]:
-    """Build the baselines of ``config.baselines``, unfitted, in that order."""
-    return [_BUILDERS[name](config) for name in config.baselines]
+def build_baseline(name: str, config: EvaluateConfig) -> Baseline:
+    """Build a baseline, unfitted."""
+    return _BUILDERS[name](config)

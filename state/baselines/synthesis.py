@@ -29,8 +29,8 @@ def synthesize_cells(
     Parameters
     ----------
     change_G
-        Change of the mean log1p expression. A mean that would fall below 0 becomes 0, and one
-        above log1p(target_sum), a cell of one gene only, becomes that.
+        Change of the mean log1p expression, from ``controls.mean_G``. A mean that would fall below
+        0 becomes 0, and one above log1p(target_sum), a cell of one gene only, becomes that.
     controls
         Control cells; their raw counts are recovered from library size and target sum.
     rng
@@ -51,7 +51,8 @@ def synthesize_cells(
         values_NB = controls.values_NG[:, block]
         counts_NB = np.rint(np.expm1(values_NB) * scale_N1).astype(np.int64)
         control_mean_B = values_NB.mean(axis=0, dtype=np.float64)
-        wanted_B = np.clip(control_mean_B + change_G[block], 0.0, highest)
+        level_B = control_mean_B if controls.mean_G is None else controls.mean_G[block]
+        wanted_B = np.clip(level_B + change_G[block], 0.0, highest)
         seed = int(rng.integers(2**63))
         cells_NG[:, block] = _calibrated_block(counts_NB, scale_N1, control_mean_B, wanted_B, seed)
     return cells_NG

@@ -26,7 +26,8 @@ class CellGroups:
     names: tuple[str, ...]
     """Perturbations that have cells, sorted by code point, control excluded; length P."""
     codes_N: npt.NDArray[np.int32]
-    """[N] index of the cell's perturbation in ``names``; P for control cells."""
+    """[N] index of the cell's perturbation in ``names``; P for control cells; -1 for a cell that
+    takes no part."""
     sizes: npt.NDArray[np.int64]
     """[P + 1] cells in each group."""
 
@@ -41,13 +42,13 @@ def group_cells(table: CellSource) -> CellGroups:
     EvaluationError
         If there is no control cell, no perturbed cell, or a label without a name.
     """
-    num_labels = len(table.label_names)
-    if len(table.labels) and not 0 <= table.labels.min() <= table.labels.max() < num_labels:
+    num_labels, labels = len(table.label_names), table.labels
+    if len(labels) and not -1 <= labels.min() <= labels.max() < num_labels:
         raise EvaluationError(
-            f"labels run from {table.labels.min()} to {table.labels.max()}, but there are "
-            f"{num_labels} label names: labels must be indices of label_names"
+            f"labels run from {labels.min()} to {labels.max()}, but there are {num_labels} label "
+            "names: labels must be indices of label_names, or -1 for cells that take no part"
         )
-    cells_of = np.bincount(table.labels, minlength=num_labels)
+    cells_of = np.bincount(labels[labels >= 0], minlength=num_labels)
     present = {name: index for index, name in enumerate(table.label_names) if cells_of[index]}
     if len(set(table.label_names)) != num_labels:
         raise EvaluationError(f"label names are not unique: {_listing(table.label_names)}")
@@ -62,8 +63,8 @@ def group_cells(table: CellSource) -> CellGroups:
     code_of_label = np.full(num_labels, -1, dtype=np.int32)
     for code, name in enumerate((*names, table.control)):
         code_of_label[present[name]] = code
-    codes_N = code_of_label[table.labels]
-    return CellGroups(names, codes_N, np.bincount(codes_N, minlength=len(names) + 1))
+    codes_N = np.where(labels < 0, -1, code_of_label[labels]).astype(np.int32)
+    return CellGroups(names, codes_N, np.bincount(codes_N[codes_N >= 0], minlength=len(names) + 1))
 
 
 def check_names(source: CellSource, what: str) -> None:

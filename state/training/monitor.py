@@ -87,6 +87,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return records
 
 
+def sum_training_seconds(records: list[dict[str, float]]) -> float:
+    """Add up the time of all steps, however often training was interrupted.
+
+    Validation and checkpoints are not in it.
+    """
+    seconds, last_step = 0.0, 0.0
+    for record in records:
+        if "time/step_ms" in record:
+            seconds += (record["step"] - last_step) * record["time/step_ms"] / 1e3
+            last_step = record["step"]
+    return seconds
+
+
 class Stopwatch:
     """Counts cells, time, arithmetic and data waits between two records.
 

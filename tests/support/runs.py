@@ -73,13 +73,17 @@ def statewide(*arguments: str | Path, timeout_s: float = 300) -> subprocess.Comp
 
 
 def statewide_killed_at_step(
-    step: int, run_dir: Path, *arguments: str | Path, by: signal.Signals = signal.SIGKILL
+    step: int,
+    run_dir: Path,
+    *arguments: str | Path,
+    by: signal.Signals = signal.SIGKILL,
+    log_dir: Path | None = None,
 ) -> tuple[int, str]:
     """Start the command line, end it with a signal once training has recorded a step.
 
     Return its exit code and what it said.
     """
-    log = run_dir.parent / "killed.log"
+    log = (log_dir or run_dir.parent) / "killed.log"
     with (
         log.open("w") as output,
         subprocess.Popen(

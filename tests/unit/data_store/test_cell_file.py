@@ -3,12 +3,15 @@
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
 from data_store import cell_file
-from data_store.cell_file import open_cells, readable_by_row
+from data_store.cell_file import open_cells, readable_by_row, split_contexts
+from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import CellTable, ObsColumns, StoreError
+from data_store.tables import write_predictions
 from tests.support.atlas import build_atlas
 
 
@@ -95,3 +98,39 @@ def test_a_file_without_cells_is_refused(adata, tmp_path):
     ad.AnnData(adata.X[:0], obs=adata.obs[:0], var=adata.var).write_h5ad(tmp_path / "empty.h5ad")
     with pytest.raises(StoreError, match=r"empty"):
         open_cells(tmp_path / "empty.h5ad", ObsColumns())
+
+
+def test_contexts_are_judged_apart_and_each_needs_its_own_controls(tmp_path):
+    obs = pd.DataFrame(
+        {"target_gene": ["non-targeting", "A", "A", "non-targeting"], "line": ["y", "x", "y", "x"]},
+        index=list("abcd"),
+    )
+    values = np.array([[0.5], [1.5], [2.5], [3.5]], np.float32)
+    path = tmp_path / "two.h5ad"
+    write_predictions(path, values, ["G"], obs)
+    columns = ObsColumns(cell_type_key="line")
+    cells = open_cells(path, columns)
+    found = split_contexts(cells, path, columns)
+    assert list(found) == ["x", "y"]
+    names = np.array(["left out", *cells.label_names])
+    assert names[found["x"].labels + 1].tolist() == ["left out", "A", "left out", "non-targeting"]
+    assert names[found["y"].labels + 1].tolist() == ["non-targeting", "left out", "A", "left out"]
+    assert list(split_contexts(cells, path, ObsColumns())) == [""]
+    write_predictions(path, values[:3], ["G"], obs[:3])
+    with pytest.raises(StoreError, match=r"'x' \(obs column 'line'\) has perturbed cells but no"):
+        split_contexts(open_cells(path, columns), path, columns)
+
+
+def test_a_store_gives_log1p_of_its_counts(tmp_path):
+    atlas = build_atlas(num_cells=90, num_genes=30, perturbations=4)
+    atlas.write_h5ad(tmp_path / "atlas.h5ad")
+    spec = PreprocessSpec(tmp_path / "atlas.h5ad", tmp_path / "s", ObsColumns(), None, {}, 10, 20)
+    store = preprocess(spec)
+    cells = open_cells(store.path, ObsColumns())
+    expected = store.read_csr(0, store.num_cells).toarray()
+    columns = np.array([7, 3, 29])
+    found = gather(cells.iterate_columns(columns), store.num_cells, 3)
+    assert np.array_equal(found, expected[:, columns])
+    rows = np.array([60, 2, 3, 2, 89])
+    assert np.array_equal(cells.read_rows(rows).toarray(), expected[rows])
+    assert np.array_equal(cells.hold(10**6).read_rows(rows).toarray(), expected[rows])

@@ -10,7 +10,13 @@ from data_store import tables
 from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import ObsColumns, StoreError
 from data_store.splits import make_random_splits, split_rows
-from data_store.tables import build_profiles, compute_mean, read_cell_table, write_predictions
+from data_store.tables import (
+    build_profiles,
+    compute_matched_means,
+    compute_mean,
+    read_cell_table,
+    write_predictions,
+)
 from tests.support.atlas import build_atlas, gene_names, write_atlas
 
 COLUMNS = ObsColumns(cell_type_key="cell_type", batch_col="batch")
@@ -207,3 +213,25 @@ def test_profiles_are_the_means_of_the_cells(store, monkeypatch, space, rows_per
     control_mean = matrix[control_rows].mean(axis=0)
     np.testing.assert_allclose(profiles.control_mean_G, control_mean, rtol=1e-12)
     np.testing.assert_allclose(compute_mean(store, control_rows, space), control_mean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("matching", ["batch", "context"])
+def test_matched_means_are_those_of_as_many_controls_of_the_same_batches(store, matching):
+    splits = make_random_splits(store, 0.64, 0.16, 1, "partition")
+    pert_rows, control_rows = split_rows(store, splits, "train")
+    # A batch without any control falls back on its context.
+    bare = store.batch_code[control_rows[0]]
+    control_rows = control_rows[store.batch_code[control_rows] != bare]
+    groups = np.arange(len(pert_rows)) % 3
+    means = compute_matched_means(store, pert_rows, groups, control_rows, "all", matching)
+    matrix = store.read_matrix("all").astype(np.float64)
+
+    def partner(row):
+        near = store.context_code[control_rows] == store.context_code[row]
+        same = near & (store.batch_code[control_rows] == store.batch_code[row])
+        chosen = same if matching == "batch" and same.any() else near
+        return matrix[control_rows[chosen]].mean(axis=0)
+
+    for group in range(3):
+        expected = np.mean([partner(row) for row in pert_rows[groups == group]], axis=0)
+        np.testing.assert_allclose(means[group], expected, rtol=1e-9)

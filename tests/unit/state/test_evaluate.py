@@ -5,7 +5,12 @@ import pandas as pd
 import pytest
 
 from state.evaluate import Evaluation, evaluate
-from state.leaderboard import build_leaderboard, leaderboard_to_csv, leaderboard_to_markdown
+from state.leaderboard import build_leaderboard
+from state.leaderboard_format import (
+    leaderboard_to_csv,
+    leaderboard_to_html,
+    leaderboard_to_markdown,
+)
 from state.metrics.differential import compute_differential
 from state.metrics.errors import EvaluationError
 from state.metrics.profiles import Conventions
@@ -136,17 +141,44 @@ def test_leaderboard_mistakes():
         build_leaderboard({"ridge": shorter, "cell_mean": base})
 
 
+def test_the_difference_to_the_best_baseline_is_paired_and_the_ceiling_unranked():
+    rng = np.random.default_rng(0)
+    mae = rng.uniform(0.1, 0.2, 30)
+    zeros = np.zeros(30)
+    models = {
+        "ceiling": evaluation_of(np.ones(30), np.ones(30), zeros),
+        "cell_mean": evaluation_of(zeros, zeros, mae),
+        "ridge": evaluation_of(zeros, zeros, 0.7 * mae),
+        # Better than ridge by the same share on every perturbation, however they are drawn.
+        "state": evaluation_of(zeros, zeros, 0.4 * mae),
+    }
+    table = build_leaderboard(models, baselines=("cell_mean", "ridge"))
+    assert table["model"].tolist() == ["state", "ridge", "cell_mean", "ceiling"]
+    assert (table["best_baseline"] == "ridge").all()
+    row = table.set_index("model").loc["state"]
+    for column in ("difference", "difference_low", "difference_high"):
+        assert row[column] == pytest.approx(10)
+    assert row["mae_low"] < row["mae"] < row["mae_high"]
+    without = build_leaderboard(models)
+    assert without["difference"].isna().all()
+
+
 def test_leaderboard_as_text():
     base = evaluation_of([0.1, 0.2], [0.5, 0.5], [0.1, 0.4])
     good = evaluation_of([0.4, 0.5], [0.5, 1.0], [0.1, 0.2])
-    table = build_leaderboard({"good": good, "cell_mean": base})
+    table = build_leaderboard({"good": good, "cell_mean": base}, baselines=["cell_mean"])
     lines = leaderboard_to_csv(table).splitlines()
-    assert lines[0] == (
-        "model,des,pds,mae,overall,overall_low,overall_high,"
-        "des_scaled,pds_scaled,mae_scaled,num_perturbations"
-    )
+    assert lines[0].startswith("model,des,pds,mae,overall,overall_low,overall_high,des_scaled")
     assert lines[1].startswith("good,0.45,0.75,")
     markdown = leaderboard_to_markdown(table).splitlines()
     assert markdown[2].startswith("| good | 0.4500 | 0.7500 | 0.1500 | 41.76 |")
     assert markdown[3].startswith("| cell_mean | 0.1500 | 0.5000 | 0.2500 | 0.00 |")
-    assert "2 perturbations" in markdown[-1]
+    assert len({line.count("|") for line in markdown[:4]}) == 1
+    assert any("2 held-out perturbations" in line for line in markdown)
+    assert "Best baseline: cell_mean" in markdown[-1]
+    costs = table.assign(train_s=1.25, predict_s=2.0, control="the real", overall_min=1.0)
+    shown = leaderboard_to_html(costs.assign(overall_max=2.0, model=["<b>", "cell_mean"]))
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
+    for text in ("1.2", "1.00 to 2.00"):
+        assert text in shown

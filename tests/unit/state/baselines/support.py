@@ -18,6 +18,7 @@ def profiles(mean_PG, features_PD=None, control_mean_G=None) -> PerturbationProf
         num_cells_P=np.full(num_perts, 10),
         control_mean_G=np.asarray(control_mean_G, dtype=np.float64),
         features_PD=np.asarray(features_PD, dtype=np.float32),
+        matched_control_PG=np.tile(np.asarray(control_mean_G, dtype=np.float64), (num_perts, 1)),
     )
 
 

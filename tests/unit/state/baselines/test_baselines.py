@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from state.baselines.cell_mean import CellMeanBaseline
+from state.baselines.cell_mean import CellMeanBaseline, ControlMeanBaseline
 from state.baselines.no_change import NoChangeBaseline
-from state.baselines.registry import build_baselines
+from state.baselines.registry import build_baseline
 from state.baselines.ridge import RidgeBaseline
 from state.config import EvaluateConfig
 from state.metrics.errors import EvaluationError
@@ -16,16 +18,26 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_registry_builds_what_the_config_names_in_its_order():
-    assert [b.name for b in build_baselines(EvaluateConfig())] == [
-        *("cell_mean", "no_change", "pert_mean", "nearest"),
-        *("ridge", "low_rank", "random_forest"),
-    ]
-    config = EvaluateConfig(baselines=("ridge", "cell_mean"), ridge_alphas=(7.0,))
-    ridge, cell_mean = build_baselines(config)
-    assert (ridge.name, cell_mean.name) == ("ridge", "cell_mean")
+@pytest.mark.parametrize("name", EvaluateConfig().baselines)
+def test_registry_builds_every_baseline_under_its_name(name):
+    assert build_baseline(name, EvaluateConfig()).name == name
+
+
+def test_registry_hands_the_settings_on():
+    ridge = build_baseline("ridge", EvaluateConfig(ridge_alphas=(7.0,)))
     ridge.fit(profiles(np.eye(3)), profiles(np.eye(3)))
     assert ridge.alpha == 7.0
+
+
+def test_control_mean_repeats_the_level_of_the_controls():
+    baseline = ControlMeanBaseline()
+    baseline.fit(profiles(np.eye(2)), profiles(np.eye(2)))
+    controls = control_cells(num_cells=5, num_genes=2)
+    own = controls.values_NG.mean(axis=0)
+    np.testing.assert_allclose(baseline.predict("p", FEATURE, controls, rng())[3], own, rtol=1e-6)
+    steadier = replace(controls, mean_G=np.array([0.25, 0.5]))
+    cells = baseline.predict("p", FEATURE, steadier, rng())
+    np.testing.assert_array_equal(cells, np.tile(np.float32([0.25, 0.5]), (5, 1)))
 
 
 def test_cell_mean_weighs_every_group_once_and_the_control_as_one_more():
