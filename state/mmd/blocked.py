@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from state.mmd.kernel_functions import sum_values_to_slopes_
+from state.mmd.kernel_functions import Kernel
 
 # Rows of a symmetric product computed at a time, from the diagonal rightwards. 128 rows keep the
 # CPU's matrix multiplication near its peak and skip 3/8 of the work at 512 cells.
@@ -91,32 +91,39 @@ def _mmd2(
     loss_B = x_BSG.new_empty(num_sets, dtype=torch.float32)
     a_BSZ = x_BSG.new_zeros(_weights_shape(x_BSG, y_BTG, needs_weights), dtype=torch.float32)
     z_ZG = _points_buffer(x_BSG, y_BTG)
-    buffer_SZ = x_BSG.new_empty((max(S, T), max(S, T)), dtype=torch.float32)
+    buffer_SZ = x_BSG.new_empty((max(S, T), S + T), dtype=torch.float32)
     x_rows, y_rows = _real_rows(x_mask_BS, num_sets), _real_rows(y_mask_BT, num_sets)
     gammas = [0.0] * num_sets if gamma_B is None else gamma_B.tolist()
     with torch.autocast(x_BSG.device.type, enabled=False):
         for b, gamma in enumerate(gammas):
+            function = Kernel(kernel, gamma)
             M, N = _centre_into(z_ZG, x_BSG[b], x_rows[b], y_BTG[b], y_rows[b])
             x_MG, y_NG, offset_G = z_ZG[:M], z_ZG[M : M + N], z_ZG[M + N]
             x_cells, y_cells = _Cells(x_BSG[b], x_rows[b]), _Cells(y_BTG[b], y_rows[b])
-            y_norm_N, sum_yy = _within(y_NG, y_cells, buffer_SZ[:N, :N], kernel, gamma)
-            w_xx = a_BSZ[b, :M, :M] if needs_weights else buffer_SZ[:M, :M]
-            x_norm_M, sum_xx = _within(x_MG, x_cells, w_xx, kernel, gamma, mirrored=needs_weights)
-            w_xy = a_BSZ[b, :M, M : M + N] if needs_weights else buffer_SZ[:M, :N]
+            w_yy = buffer_SZ[:N, :N]
+            _upper_gram(y_NG, y_NG, out_MN=w_yy)
+            y_norm_N = w_yy.diagonal().clone()
+            sum_yy = _within(w_yy, y_norm_N, y_cells, function, factor=1.0, mirrored=False)
+
+            w_MZ = a_BSZ[b, :M, : M + N] if needs_weights else buffer_SZ[:M, : M + N]
+            w_xx, w_xy = w_MZ[:, :M], w_MZ[:, M:]
+            _upper_gram(x_MG, z_ZG[: M + N], out_MN=w_MZ)
+            x_norm_M = w_xx.diagonal().clone()
+            sum_xx = _within(
+                w_xx, x_norm_M, x_cells, function, factor=-2 / (M * M), mirrored=needs_weights
+            )
             # ||x - y + o||^2 = (x.x + 2 x.o + o.o) + (y.y - 2 y.o) - 2 x.y
             x_norm_M += 2 * (x_MG @ offset_G) + offset_G.dot(offset_G)
             y_norm_N -= 2 * (y_NG @ offset_G)
-            torch.mm(x_MG, y_NG.T, out=w_xy)
             sum_xy = loss_B.new_zeros((), dtype=torch.float64)
             for rows in _tiles(M):
-                near = _gram_to_squared_(w_xy[rows], x_norm_M[rows], y_norm_N)
-                _sum_near_again_(w_xy[rows], *near, x_cells.after(rows.start), y_cells)
-                sum_xy += sum_values_to_slopes_(w_xy[rows], kernel, gamma)
+                is_zero = _gram_to_squared_(
+                    w_xy[rows], x_norm_M[rows], y_norm_N, x_cells.after(rows.start), y_cells
+                )
+                sum_xy += function.sum_to_slopes_(w_xy[rows], is_zero, 2 / (M * N))
             # The loss is a small difference of large sums once the sets are alike: float64.
             loss_B[b] = sum_xx / (M * M) + sum_yy / (N * N) - 2 * sum_xy / (M * N)
             if needs_weights:
-                w_xx.mul_(-2 / (M * M))
-                w_xy.mul_(2 / (M * N))
                 from_y_M = -w_xy.sum(1)
                 w_xx.diagonal().copy_(from_y_M - w_xx.sum(1))
                 a_BSZ[b, :M, M + N] = from_y_M
@@ -156,18 +163,19 @@ def _mmd2_grad(
     num_sets = len(x_BSG)
     x_rows, y_rows = _real_rows(x_mask_BS, num_sets), _real_rows(y_mask_BT, num_sets)
     grad_x_BSG = torch.empty_like(x_BSG, memory_format=torch.contiguous_format)
-    z_ZG = _points_buffer(x_BSG, y_BTG)
+    z_ZG, factors = _points_buffer(x_BSG, y_BTG), grad_B.tolist()
     with torch.autocast(x_BSG.device.type, enabled=False):
         for b in range(num_sets):
             M, N = _centre_into(z_ZG, x_BSG[b], x_rows[b], y_BTG[b], y_rows[b])
-            a_MZ = a_BSZ[b, :M, : M + N + 1] * grad_B[b]
-            rows, points_ZG = x_rows[b], z_ZG[: M + N + 1]
+            a_MZ, points_ZG = a_BSZ[b, :M, : M + N + 1], z_ZG[: M + N + 1]
+            rows, grad = x_rows[b], grad_x_BSG[b]
+            is_direct = rows is None and x_BSG.dtype == torch.float32
+            grad_MG = grad if is_direct else grad.new_empty((M, grad.shape[1]), dtype=z_ZG.dtype)
+            torch.addmm(grad_MG, a_MZ, points_ZG, beta=0, alpha=factors[b], out=grad_MG)
             if rows is not None:
-                grad_x_BSG[b].zero_().index_copy_(0, rows, (a_MZ @ points_ZG).to(x_BSG.dtype))
-            elif x_BSG.dtype == torch.float32:
-                torch.mm(a_MZ, points_ZG, out=grad_x_BSG[b])
-            else:
-                grad_x_BSG[b] = a_MZ @ points_ZG
+                grad.zero_().index_copy_(0, rows, grad_MG.to(x_BSG.dtype))
+            elif not is_direct:
+                grad.copy_(grad_MG)
     return grad_x_BSG
 
 
@@ -261,50 +269,60 @@ def _tiles(num_points: int) -> list[slice]:
     return [slice(start, min(start + TILE_ROWS, num_points)) for start in starts]
 
 
+def _upper_gram(points_MG: Tensor, others_NG: Tensor, out_MN: Tensor) -> None:
+    """Multiply points with others, which begin with the points, on and above the diagonal."""
+    for rows in _tiles(len(points_MG)):
+        torch.mm(points_MG[rows], others_NG[rows.start :].T, out=out_MN[rows, rows.start :])
+
+
 def _within(
-    points_NG: Tensor,
+    gram_NN: Tensor,
+    norm_N: Tensor,
     cells: _Cells,
-    out_NN: Tensor,
-    kernel: str,
-    gamma: float,
+    function: Kernel,
     *,
-    mirrored: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return squared norms [N] and the sum of the kernel over all pairs; leave slopes in ``out``.
+    factor: float,
+    mirrored: bool,
+) -> Tensor:
+    """Return the sum of the kernel over all pairs; leave slopes times ``factor`` in its place.
 
-    The slopes lie on and above the diagonal blocks; with ``mirrored`` below them too.
+    The slopes lie on and above the diagonal blocks; with ``mirrored`` below them too. Norms are
+    the product's own diagonal: coinciding points then cancel to 0, or nearly so.
     """
-    tiles = _tiles(len(points_NG))
-    for rows in tiles:
-        torch.mm(points_NG[rows], points_NG[rows.start :].T, out=out_NN[rows, rows.start :])
-    # Norms from the product itself: coinciding points then cancel to 0, or nearly so.
-    norm_N = out_NN.diagonal().clone()
-    total = points_NG.new_zeros((), dtype=torch.float64)
-    for rows in tiles:
-        block = out_NN[rows, rows.start :]
-        near, is_zero = _gram_to_squared_(block, norm_N[rows], norm_N[rows.start :])
-        near.diagonal().fill_(value=False)
-        _sum_near_again_(block, near, is_zero, cells.after(rows.start), cells.after(rows.start))
+    total = norm_N.new_zeros((), dtype=torch.float64)
+    for rows in _tiles(len(norm_N)):
+        block, part = gram_NN[rows, rows.start :], cells.after(rows.start)
+        block.diagonal().fill_(-torch.inf)  # far from near, until it is set to 0
+        is_zero = _gram_to_squared_(block, norm_N[rows], norm_N[rows.start :], part, part)
         block.diagonal().zero_()
-        total += sum_values_to_slopes_(out_NN[rows, rows], kernel, gamma)
-        if rows.stop < len(points_NG):
-            beyond = out_NN[rows, rows.stop :]
-            total += 2 * sum_values_to_slopes_(beyond, kernel, gamma)
+        width = rows.stop - rows.start
+        is_self = torch.eye(width, dtype=torch.bool, device=block.device)
+        is_zero_here = is_self if is_zero is None else is_self | is_zero[:, :width]
+        total += function.sum_to_slopes_(block[:, :width], is_zero_here, factor)
+        if rows.stop < len(norm_N):
+            beyond = block[:, width:]
+            is_zero_there = None if is_zero is None else is_zero[:, width:]
+            total += 2 * function.sum_to_slopes_(beyond, is_zero_there, factor)
             if mirrored:
-                out_NN[rows.stop :, rows] = beyond.T
-    return norm_N, total
+                gram_NN[rows.stop :, rows] = beyond.T
+    return total
 
 
-def _gram_to_squared_(gram_MN: Tensor, norm_M: Tensor, norm_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn products into squared distances in place; return which are near, and which are 0."""
+def _gram_to_squared_(
+    gram_MN: Tensor, norm_M: Tensor, norm_N: Tensor, cells: _Cells, others: _Cells
+) -> Tensor | None:
+    """Turn products into squared distances in place; return which are 0, None if none is."""
     norms_MN = norm_M[:, None] + norm_N[None, :]
     torch.add(norms_MN, gram_MN, alpha=-2, out=gram_MN)
     norms_MN.clamp_min_(0)
-    near_MN = gram_MN <= norms_MN * NEAR
+    near_MN = gram_MN <= norms_MN.mul_(NEAR)
+    if not near_MN.any():
+        return None
     # Below this a squared distance is rounding, and its reciprocal would be a huge weight.
-    is_zero_MN = gram_MN <= norms_MN.mul_(EPS)
+    is_zero_MN = gram_MN <= norms_MN.mul_(EPS / NEAR)
     gram_MN.masked_fill_(is_zero_MN, 0.0)
-    return near_MN, is_zero_MN
+    _sum_near_again_(gram_MN, near_MN, is_zero_MN, cells, others)
+    return gram_MN == 0
 
 
 def _sum_near_again_(

@@ -181,7 +181,7 @@ def distance_kernel(
     norms = row_norm[:, None] + column_norm[None, :]
     squared = norms - 2.0 * gram
     # Below this a squared distance is rounding, and its reciprocal would be a huge weight.
-    squared = tl.where(squared > tl.maximum(EPS * norms, 0.0), squared, 0.0)
+    squared = tl.where(squared > tl.maximum(norms * EPS, 0.0), squared, 0.0)
     if IS_DIAGONAL:
         squared = tl.where(is_self, 0.0, squared)
     value, slope = _kernel_value(squared, tl.load(gamma_ptr + b), KERNEL)

@@ -8,7 +8,7 @@ in a set, G genes, M and N points.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -47,27 +47,47 @@ def compute_gamma(y_BTG: Tensor, y_mask_BT: Tensor | None, bandwidth: float | No
         return 0.5 / squared_B.where(squared_B > 0, 1.0)
 
 
-def sum_values_to_slopes_(squared_MN: Tensor, kernel: str, gamma: float) -> Tensor:
-    """Return the sum of the kernel's values, float64; leave its slopes in ``squared_MN``.
+class Kernel(NamedTuple):
+    """A kernel function of one cell set."""
 
-    The slope of points that coincide is set to 0, whatever it multiplies is 0 anyway.
-    """
-    is_zero_MN = squared_MN == 0
-    if kernel == "energy":
-        total = -squared_MN.sqrt_().sum(dtype=torch.float64)
-        squared_MN.reciprocal_().neg_()
-    elif kernel == "rbf":
-        total = squared_MN.mul_(-gamma).exp_().sum(dtype=torch.float64)
-        squared_MN.mul_(-2 * gamma)
-    else:
-        # Each factor is twice the one before: each Gaussian the square of the one before.
-        part_MN = squared_MN.mul_(-gamma * MIX_FACTORS[0]).exp_()
-        value_MN, slope_MN = torch.zeros_like(part_MN), torch.zeros_like(part_MN)
-        for factor in MIX_FACTORS:
-            value_MN.add_(part_MN, alpha=1 / len(MIX_FACTORS))
-            slope_MN.add_(part_MN, alpha=-2 * gamma * factor / len(MIX_FACTORS))
-            part_MN.square_()
-        total = value_MN.sum(dtype=torch.float64)
-        squared_MN.copy_(slope_MN)
-    squared_MN.masked_fill_(is_zero_MN, 0.0)
-    return total
+    name: str
+    gamma: float
+
+    def sum_to_slopes_(
+        self, squared_MN: Tensor, is_zero_MN: Tensor | None, factor: float
+    ) -> Tensor:
+        """Return the sum of the values, float64; leave slopes times ``factor`` in place.
+
+        Parameters
+        ----------
+        squared_MN
+            float32 squared distances.
+        is_zero_MN
+            Where they are 0, None if nowhere. The slope is set to 0 there: what it multiplies is.
+        factor
+            What the slopes are multiplied by.
+        """
+        if self.name == "energy":
+            total = -_sum(squared_MN.sqrt_())
+            squared_MN.reciprocal_().mul_(-factor)
+        elif self.name == "rbf":
+            total = _sum(squared_MN.mul_(-self.gamma).exp_())
+            squared_MN.mul_(-2 * self.gamma * factor)
+        else:
+            # Each factor is twice the one before: each Gaussian the square of the one before.
+            part_MN = squared_MN.mul_(-self.gamma * MIX_FACTORS[0]).exp_()
+            value_MN, slope_MN = torch.zeros_like(part_MN), torch.zeros_like(part_MN)
+            for width in MIX_FACTORS:
+                value_MN.add_(part_MN, alpha=1 / len(MIX_FACTORS))
+                slope_MN.add_(part_MN, alpha=-2 * self.gamma * width / len(MIX_FACTORS))
+                part_MN.square_()
+            total = _sum(value_MN)
+            torch.mul(slope_MN, factor, out=squared_MN)
+        if is_zero_MN is not None:
+            squared_MN.masked_fill_(is_zero_MN, 0.0)
+        return total
+
+
+def _sum(values_MN: Tensor) -> Tensor:
+    """Add rows in float32, which torch does pairwise, and their sums in float64."""
+    return values_MN.sum(1).sum(dtype=torch.float64)
