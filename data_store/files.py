@@ -22,6 +22,10 @@ from data_store.schema import StoreError
 _HASH_BLOCK_BYTES = 1 << 20
 
 
+class FullDiskError(StoreError):
+    """No space is left: what is finished stays, and the same command goes on from there."""
+
+
 @contextlib.contextmanager
 def file_made_whole(final: Path) -> Iterator[Path]:
     """Give a temporary path beside ``final``, flushed and renamed when the block ends well.
@@ -161,7 +165,7 @@ def full_disk_is_a_user_error(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise StoreError(
+        raise FullDiskError(
             f"no space left on the disk of {path} ({os.strerror(error.errno)}). Nothing finished "
             "was lost: free space, or choose another folder with output_dir (or --out), and run "
             "the same command again"

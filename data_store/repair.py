@@ -20,7 +20,7 @@ from data_store.files import full_disk_is_a_user_error, sync_tree
 from data_store.hints import some
 from data_store.ingest import CountSource
 from data_store.locate import describe_input, explain_change
-from data_store.manifest import Manifest, is_intact, list_damaged, read_manifest
+from data_store.manifest import Manifest, is_intact, is_shard, list_damaged, read_manifest
 from data_store.preprocess_plan import (
     PreprocessSpec,
     StorePlan,
@@ -121,7 +121,7 @@ def _make_anew(
     workspace: Workspace,
     run_tasks: TaskRunner,
 ) -> None:
-    if all("/c/" in name and name.startswith(("X/data", "X/indices", "obsm/")) for name in damaged):
+    if all(map(is_shard, damaged)):
         store = Store.load(spec.out, manifest)
         plan, rows = _read_plan(store), store.source_row
         create_arrays(workspace.root, plan.layout, plan.indptr)

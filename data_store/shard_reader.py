@@ -67,7 +67,7 @@ class ShardedArray:
             shard_shape = meta["chunk_grid"]["configuration"]["chunk_shape"]
             is_known = (
                 sharding["name"] == "sharding_indexed"
-                and names == ["bytes", "blosc"]
+                and names == ["bytes", "blosc", "crc32c"]
                 and sharding["configuration"]["index_location"] == "end"
                 and chunk_shape[1:] == shard_shape[1:] == meta["shape"][1:]
                 and meta["fill_value"] == 0
@@ -80,8 +80,8 @@ class ShardedArray:
             ) from error
         if not is_known:
             raise StoreError(
-                f"{path} is not laid out as statewide writes it (shards of blosc chunks, cut along "
-                "the rows): make a store of your own with 'statewide preprocess'"
+                f"{path} is not laid out as statewide writes it (shards of blosc chunks with "
+                "checksums, cut along the rows): make a store of your own with 'statewide preprocess'"
             )
         self.shape = tuple(int(size) for size in meta["shape"])
         self._chunk_rows = int(chunk_shape[0])
@@ -137,8 +137,8 @@ class ShardedArray:
                 os.close(handle)
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(
-                f"{path} is missing or damaged ({error}); run 'statewide preprocess' anew, into "
-                "another folder"
+                f"{path} is missing or damaged ({error}); see which "
+                f"files are: statewide store verify {_store_of(self._path)}; --repair mends them"
             ) from error
 
     def _read_index(self, handle: int, shard: int) -> npt.NDArray[np.uint64]:
@@ -180,12 +180,21 @@ def _decode(
     _read_exactly(handle, raw, origin)
     places = np.flatnonzero(is_there)
     for place, offset, stop in zip(places, offsets - origin, stops - origin, strict=True):
+        stop -= _CRC_BYTES
+        checksum = int.from_bytes(raw[stop : stop + _CRC_BYTES].tobytes(), "little")
+        if google_crc32c.value(raw[offset:stop]) != checksum:
+            raise ValueError("the checksum of a chunk is wrong")
         # Of blosc's header: bytes once decoded at 4, bytes in all at 12. It trusts both.
         header = raw[offset : offset + 16].tobytes()
         decoded_bytes = int.from_bytes(header[4:8], "little")
         if decoded_bytes != out.shape[1] or int.from_bytes(header[12:16], "little") > stop - offset:
             raise ValueError("a chunk has the wrong size")
         blosc.decompress(raw[offset:stop], out[place])
+
+
+def _store_of(array: Path) -> Path:
+    """Return the store that an array (``X/data``, ``obsm/X_hvg``) belongs to."""
+    return array.parent.parent
 
 
 def _read_exactly(handle: int, out: npt.NDArray[np.uint8], offset: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from numcodecs import blosc
-from zarr.codecs import BloscCodec, BloscShuffle
+from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 from zarr.storage import LocalStore
 
 # A reader decodes whole chunks. This many rows suit reads of a few hundred consecutive cells.
@@ -134,7 +134,9 @@ def _create_group(store: LocalStore, root: Path, name: str, attributes: dict[str
 def _create_array(store: LocalStore, root: Path, name: str, spec: dict[str, Any]) -> None:
     if not (root / name / "zarr.json").is_file():
         codec = BloscCodec(cname="lz4", clevel=_CLEVEL, shuffle=BloscShuffle.shuffle)
-        zarr.create_array(store, name=name, zarr_format=3, compressors=codec, fill_value=0, **spec)
+        # A checksum behind every chunk: whoever reads it sees a changed byte.
+        codecs = [codec, Crc32cCodec()]
+        zarr.create_array(store, name=name, zarr_format=3, compressors=codecs, fill_value=0, **spec)
 
 
 def write_nnz_shards(
@@ -199,11 +201,16 @@ def _write_shard(
                 missing = np.zeros((chunk_rows - len(chunk), *chunk.shape[1:]), dtype=dtype)
                 chunk = np.concatenate([chunk, missing])
             encoded = blosc.compress(chunk, b"lz4", _CLEVEL, blosc.SHUFFLE)
+            encoded += _checksum(encoded)
             file.write(encoded)
             index[number] = end, len(encoded)
             end += len(encoded)
         body = index.tobytes()
-        file.write(body + google_crc32c.value(body).to_bytes(4, "little"))
+        file.write(body + _checksum(body))
+
+
+def _checksum(content: bytes) -> bytes:
+    return int(google_crc32c.value(content)).to_bytes(4, "little")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from data_store.files import sync_tree, write_bytes_atomically, write_json_atomically
+from data_store.files import FullDiskError, sync_tree, write_bytes_atomically, write_json_atomically
 from data_store.locate import explain_change
 from data_store.manifest import (
     COMMIT_NAME,
@@ -109,6 +109,8 @@ class Workspace:
             workspace._begin(json.loads(json.dumps({**key, "format_version": FORMAT_VERSION})))
             try:
                 yield workspace
+            except FullDiskError:
+                raise
             except StoreError:
                 # An input that was refused in the first pass leaves nothing to continue from.
                 if not workspace._has_results():
@@ -137,6 +139,9 @@ class Workspace:
             write_json_atomically(key_path, key)
         self.root.mkdir(exist_ok=True)
         self.records.mkdir(exist_ok=True)
+        # Written last, and strange to zarr, which looks through the folder.
+        for name in (MANIFEST_NAME, COMMIT_NAME):
+            (self.root / name).unlink(missing_ok=True)
         for folder in (self.root, self.deals, self.records):
             for leftover in folder.rglob("*.partial"):
                 leftover.unlink()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from pathlib import PurePosixPath
-
-from data_store.manifest import FORMAT_VERSION
+from data_store.manifest import FORMAT_VERSION, is_shard
 from data_store.store import Store
 
 
@@ -29,11 +26,11 @@ def describe_fully(store: Store) -> str:
     manifest = store.manifest
     counts = manifest.counts
     size = sum(record.bytes for record in manifest.files.values())
-    kinds = Counter(_kind(name) for name in manifest.files)
+    num_shards = sum(map(is_shard, manifest.files))
     density = counts["nnz"] / (counts["cells"] * counts["genes"])
     rows = {
         "store": f"{store.path} (format {FORMAT_VERSION}, {size / 2**20:,.1f} MiB, "
-        f"{len(manifest.files):,} files, {kinds['shard']:,} of them shards)",
+        f"{len(manifest.files):,} files, {num_shards:,} of them shards)",
         "digest": store.digest,
         "cells": f"{counts['cells']:,} ({counts['cells_without_counts']:,} without counts)",
         "genes": f"{counts['genes']:,} ({counts['hvg']:,} highly variable, "
@@ -42,6 +39,7 @@ def describe_fully(store: Store) -> str:
         "perturbations": f"{counts['perturbations']:,} and the control {store.control!r}",
         "contexts": _names(store.contexts),
         "batches": _names(store.batches),
+        "X": f"raw counts, {store.count_dtype}; log-normalised on reading",
         "target sum": f"{store.target_sum:g}",
         "made from": manifest.source["path"],
     }
@@ -50,11 +48,6 @@ def describe_fully(store: Store) -> str:
     lines += [f"  {file['path']}: {cells:,} cells in it" for file, cells in files]
     lines += [f"  {key} = {value!r}" for key, value in sorted(manifest.spec.items())]
     return "\n".join(lines)
-
-
-def _kind(name: str) -> str:
-    is_matrix = name.startswith(("X/data/c/", "X/indices/c/", "obsm/X_hvg/c/"))
-    return "shard" if is_matrix and PurePosixPath(name).name.isdigit() else "table"
 
 
 def _names(names: tuple[str, ...]) -> str:

@@ -1,5 +1,6 @@
 """The store that ``preprocess`` makes: content, layout, and the same bytes after any accident."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -12,10 +13,13 @@ import anndata as ad
 import numpy as np
 import pytest
 import scanpy as sc
+import scipy.sparse as sp
+import zarr
 
 from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import ObsColumns, StoreError, run_in_process
 from data_store.store import is_store
+from data_store.workspace import Workspace
 from tests.support.atlas import build_atlas, gene_names, write_atlas
 from tests.support.data import data_path
 
@@ -297,6 +301,25 @@ def test_a_full_disk_is_seen_before_writing(source, tmp_path, monkeypatch):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_disk_that_fills_up_keeps_what_is_finished(source, store, tmp_path, monkeypatch):
+    spec = make_spec(source, tmp_path / "store")
+    save, saved = np.save, []
+
+    def save_until_full(file, array):
+        saved.append(array)
+        if len(saved) > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(file, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", save_until_full)
+        with pytest.raises(StoreError, match="no space left .*run the same command again"):
+            preprocess(spec)
+    deals = sorted((tmp_path / "store.partial/deals").iterdir())
+    assert [deal.name for deal in deals] == ["000000.deal", "000001.deal"]
+    assert preprocess(spec).digest == store.digest
+
+
 def test_an_input_that_changes_meanwhile_is_refused(tmp_path):
     source = write_atlas(tmp_path / "atlas.h5ad")
 
@@ -357,6 +380,80 @@ def test_unusable_content_is_refused(tmp_path, change, message):
     with pytest.raises(StoreError, match=message):
         preprocess(make_spec(source, tmp_path / "store", columns=columns))
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("layout", [sp.csr_matrix, sp.csc_matrix, np.asarray])
+@pytest.mark.parametrize("num_cells", [2, 40])
+def test_one_gene(tmp_path, layout, num_cells):
+    """Its share of the library varies only where sizes are given."""
+    counts = np.random.default_rng(0).poisson(3, (num_cells, 1)).astype(np.float32) + 1
+    counts[0, 0] = 9
+    atlas = ad.AnnData(layout(counts))
+    atlas.obs["depth"] = 50.0
+    atlas.write_h5ad(tmp_path / "a.h5ad")
+    columns = ObsColumns(pert_col=None)
+    spec = make_spec(tmp_path / "a.h5ad", tmp_path / "s", columns=columns)
+    with pytest.raises(StoreError, match="none of the 1 genes varies"):
+        preprocess(spec)
+    store = preprocess(replace(spec, library_size_col="depth"))
+    assert np.array_equal(store.read_counts(0, num_cells).toarray(), counts)
+    assert np.array_equal(ad.read_zarr(store.path).X.toarray(), counts)
+    values = np.log1p(counts)
+    assert np.array_equal(store.read_matrix("all"), values)
+    assert np.array_equal(store.read_matrix("hvg"), values)
+
+
+def test_one_cell_has_no_gene_that_varies(tmp_path):
+    path = write_changed(tmp_path, lambda atlas: atlas._inplace_subset_obs([3]))
+    spec = make_spec(path, tmp_path / "s", columns=ObsColumns(pert_col=None))
+    with pytest.raises(StoreError, match=r"none of the 30 genes varies.*more than one cell"):
+        preprocess(spec)
+    assert not (tmp_path / "s.partial").exists()
+
+
+def test_a_run_that_died_before_its_last_step_goes_on(source, store, tmp_path, monkeypatch):
+    spec = make_spec(source, tmp_path / "store")
+
+    def die(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(spec)
+    assert (tmp_path / "store.partial/store/COMMIT").is_file()
+    preprocess(spec)
+    assert file_digests(spec.out) == file_digests(store.path)
+
+
+def test_large_counts_are_normalised_as_small_ones_are(tmp_path):
+    atlas = build_atlas(num_cells=200, num_genes=30)
+    atlas.X.data[::7] *= 1000
+    atlas.write_h5ad(tmp_path / "a.h5ad")
+    store = preprocess(make_spec(tmp_path / "a.h5ad", tmp_path / "s", columns=ObsColumns()))
+    assert store.count_dtype == "uint16"
+    expected = np.log1p(atlas.X[store.source_row].toarray() / store.size_factor[:, None])
+    assert np.array_equal(store.read_matrix("all"), expected)
+    assert np.array_equal(store.read_matrix("hvg"), expected[:, store.hvg_index])
+    assert np.array_equal(store.read_csr(3, 90).toarray(), expected[3:90])
+
+
+def test_anndata_reads_the_store_lazily_and_in_slices(store):
+    pytest.importorskip("xarray")
+    lazy = ad.experimental.read_lazy(store.path)
+    counts = store.read_counts(0, store.num_cells)
+    assert (lazy.X[5:90].compute() != counts[5:90]).nnz == 0
+    assert (lazy[[7, 3, 500]].to_memory().X != counts[[7, 3, 500]]).nnz == 0
+
+
+def test_anndata_slices_the_matrix_on_disk(store):
+    counts = store.read_counts(0, store.num_cells)
+    matrix = ad.io.sparse_dataset(zarr.open_group(store.path, mode="r")["X"])
+    is_even = np.arange(store.num_cells) % 2 == 0
+    for rows in (slice(5, 90), [3, 7, 500], is_even):
+        found = matrix[rows]
+        assert (found != counts[rows]).nnz == 0
+        found.eliminate_zeros()
 
 
 def test_empty_cells_and_constant_genes_are_kept(tmp_path):

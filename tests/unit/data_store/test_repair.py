@@ -122,7 +122,7 @@ def test_only_the_damaged_block_is_made_anew(folder):
 
     repair_store(folder / "store", run_tasks)
     assert items["repair"] == [1]
-    assert "check counts" not in items
+    assert "rank genes" not in items
 
 
 @pytest.mark.parametrize(("name", "how"), [("X/data/c/0", "cut"), ("obs/zarr.json", "remove")])
@@ -130,6 +130,38 @@ def test_opening_refuses_a_missing_or_cut_file(folder, name, how):
     damage(folder / "store" / name, how)
     with pytest.raises(StoreError, match=rf"{name} missing or cut short.*store verify .* --repair"):
         Store.open(folder / "store")
+
+
+@pytest.mark.parametrize("name", ["X/data/c/1", "X/indices/c/0", "obsm/X_hvg/c/1/0"])
+def test_reading_refuses_a_flipped_byte_of_a_matrix(folder, name):
+    flip(folder / "store" / name)
+    store = Store.open(folder / "store")
+    with pytest.raises(StoreError, match=rf"{name} is missing or damaged .*checksum.*--repair"):
+        store.read_matrix("hvg" if "hvg" in name else "all")
+    repair_store(folder / "store")
+    assert Store.open(folder / "store").read_matrix("all").any()
+
+
+@pytest.mark.parametrize("name", ["X/indptr/c/0", "obs/size_factor/c/0", "var/means/c/0"])
+def test_opening_refuses_a_flipped_byte_of_a_table(folder, name):
+    flip(folder / "store" / name)
+    with pytest.raises(StoreError, match=rf"{name} changed since it was written.*--repair"):
+        Store.open(folder / "store")
+
+
+@pytest.mark.parametrize("name", ["X/data/c/1", "obsm/X_hvg/c/0/0"])
+def test_only_the_cells_of_the_damaged_block_are_dealt(folder, name):
+    flip(folder / "store" / name)
+    dealt = set()
+
+    def run_tasks(task, items, *, what, unit):
+        for result in run_in_process(task, items, what=what, unit=unit):
+            if what == "read cells":
+                dealt.update(result.places.tolist())
+            yield result
+
+    repair_store(folder / "store", run_tasks)
+    assert 0 < len(dealt) < Store.open(folder / "store").num_cells / 2
 
 
 def test_a_missing_input_is_said_and_the_store_left(made, folder):

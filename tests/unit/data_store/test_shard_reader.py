@@ -7,7 +7,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from data_store.schema import StoreError
 from data_store.shard_reader import ReadBuffer, ShardedArray
@@ -24,7 +24,7 @@ def write(folder, *, dtype="float32", shape=(ROWS,), chunk=5, shard=20, **settin
         chunks=(chunk, *tail),
         shards=(shard, *tail),
         dtype=dtype,
-        compressors=settings.pop("compressors", BloscCodec(cname="lz4")),
+        compressors=settings.pop("compressors", [BloscCodec(cname="lz4"), Crc32cCodec()]),
         fill_value=0,
         **settings,
     )
@@ -67,7 +67,7 @@ def test_a_buffer_is_used_again(arrays):
 def test_chunks_that_were_never_written_are_zero(tmp_path):
     array = zarr.create_array(
         tmp_path / "a", shape=(40,), chunks=(5,), shards=(20,), dtype="float32", fill_value=0,
-        compressors=BloscCodec(),
+        compressors=[BloscCodec(), Crc32cCodec()],
     )  # fmt: skip
     array[7:9] = 3.0
     expected = np.zeros(20, dtype=np.float32)
@@ -75,7 +75,7 @@ def test_chunks_that_were_never_written_are_zero(tmp_path):
     assert np.array_equal(ShardedArray(tmp_path / "a").read(0, 20), expected)
 
 
-@pytest.mark.parametrize("harm", ["missing", "empty", "short", "index", "header"])
+@pytest.mark.parametrize("harm", ["missing", "empty", "short", "index", "header", "chunk"])
 def test_a_damaged_shard_is_named(tmp_path, harm):
     write(tmp_path / "a")
     shard = tmp_path / "a/c/1"
@@ -87,7 +87,7 @@ def test_a_damaged_shard_is_named(tmp_path, harm):
     elif harm == "short":
         shard.write_bytes(content[10:])
     else:
-        content[-30 if harm == "index" else 5] ^= 0xFF
+        content[{"index": -30, "header": 5, "chunk": 40}[harm]] ^= 0xFF
         shard.write_bytes(content)
     array = ShardedArray(tmp_path / "a")
     array.read(0, 20)
@@ -95,7 +95,10 @@ def test_a_damaged_shard_is_named(tmp_path, harm):
         array.read(0, 40)
 
 
-@pytest.mark.parametrize("settings", [{"compressors": None}, {"shape": (ROWS, 4), "chunk": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"compressors": None}, {"compressors": BloscCodec()}, {"shape": (ROWS, 4), "chunk": 4}],
+)
 def test_another_layout_is_refused(tmp_path, settings):
     write(tmp_path / "a", **settings)
     if "chunk" in settings:
