@@ -67,7 +67,8 @@ class _EnergyTask:
 
     cells: JudgedCells
     perts: npt.NDArray[np.int64]
-    within_control: float
+    within_control: float | None
+    """mean d(c, c); None: not known yet."""
 
 
 def scan_tables(tables: dict[str, CellSource], run_tasks: TaskRunner) -> list[CellScan]:
@@ -176,20 +177,31 @@ def _rank_block(task: _BlockTask) -> RankSums:
 
 def _measure_energy(cells: JudgedCells, run_tasks: TaskRunner) -> npt.NDArray[np.float64]:
     num_perts = len(cells.names)
-    within_control = compute_mean_within(_hold_small(cells), num_perts)
-    cuts = np.array_split(np.arange(num_perts), min(num_perts, _ENERGY_TASKS))
-    tasks = [_EnergyTask(cells, perts, within_control) for perts in cuts]
+    if _are_small(cells):
+        # One task, so that the files are read into memory once.
+        tasks = [_EnergyTask(cells, np.arange(num_perts), None)]
+    else:
+        within_control = compute_mean_within(cells, num_perts)
+        cuts = np.array_split(np.arange(num_perts), min(num_perts, _ENERGY_TASKS))
+        tasks = [_EnergyTask(cells, perts, within_control) for perts in cuts]
     measured = run_tasks(_measure_some, tasks, what="energy distances", unit="tasks")
     return np.concatenate(list(measured))
 
 
 def _measure_some(task: _EnergyTask) -> npt.NDArray[np.float64]:
-    cells = _hold_small(task.cells)
+    cells = _hold(task.cells) if _are_small(task.cells) else task.cells
     return compute_energy_distances(cells, task.perts.tolist(), task.within_control)
 
 
-def _hold_small(cells: JudgedCells) -> JudgedCells:
-    """Read small files into memory: HDF5 takes a fifth of a millisecond for one scattered row."""
+def _are_small(cells: JudgedCells) -> bool:
+    sources = [part.source for part in cells.parts]
+    return all(
+        source.matrix.nnz <= _MOST_HELD for source in sources if isinstance(source, CellFile)
+    )
+
+
+def _hold(cells: JudgedCells) -> JudgedCells:
+    """Read files into memory: HDF5 takes a fifth of a millisecond for one scattered row."""
     parts = [
         replace(part, source=part.source.hold(_MOST_HELD))
         if isinstance(part.source, CellFile)
