@@ -7,6 +7,7 @@ again gives the same bytes, so a killed run loses only the blocks in flight.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from data_store.manifest import FileRecord, hash_file, is_intact
 from data_store.moments import GeneMoments
 from data_store.normalize import look_up_log1p, look_up_normalized
 from data_store.shards import HVG_PATH, StoreLayout, write_hvg_shard, write_nnz_shards
+
+_ROWS_IN_CACHE = 128
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,23 @@ def gather_moments(block: CellBlock, deals: Deals) -> GeneMoments:
 
     They pass through log1p and back, as they do in scanpy, so that the rounding is the same.
     """
-    rows = deals.read(block.start, block.start + block.num_cells)
-    values = look_up_normalized(rows.values, rows.indptr, block.size_factors)
-    return GeneMoments.from_values(values, rows.genes, block.num_cells, deals.num_genes)
+    moments = GeneMoments.zeros(deals.num_genes)
+    for pieces in deals.read_pieces(block.start, block.start + block.num_cells):
+        factors = block.size_factors[pieces.places - block.start]
+        values = look_up_normalized(pieces.values, pieces.indptr, factors)
+        moments = moments.merge(GeneMoments.from_values(values, pieces.genes, deals.num_genes))
+    return moments.of_cells(block.num_cells)
+
+
+def _cut_rows(
+    rows: SparseRows, size_factors: npt.NDArray[np.float32]
+) -> Iterator[tuple[SparseRows, npt.NDArray[np.float32]]]:
+    """Cut rows into parts whose values stay in the cache."""
+    for first in range(0, size_factors.size, _ROWS_IN_CACHE):
+        factors = size_factors[first : first + _ROWS_IN_CACHE]
+        indptr = rows.indptr[first : first + factors.size + 1]
+        span = slice(indptr[0], indptr[-1])
+        yield SparseRows(indptr - indptr[0], rows.genes[span], rows.values[span]), factors
 
 
 @dataclass(frozen=True)
@@ -163,10 +180,12 @@ def _densify_columns(
     column_of_gene = np.full(num_genes, columns.size, dtype=np.int64)
     column_of_gene[columns] = np.arange(columns.size)
     values_NH = np.zeros((block.num_cells, columns.size + 1), dtype=np.float32)
-    indptr = rows.indptr[: block.num_cells + 1]
-    counts = rows.values[: indptr[-1]]
-    values = look_up_log1p(counts, indptr, block.size_factors)
-    _scatter_columns(indptr, rows.genes, values, column_of_gene, values_NH)
+    first = 0
+    for part, factors in _cut_rows(rows, block.size_factors):
+        values = look_up_log1p(part.values, part.indptr, factors)
+        out = values_NH[first : first + factors.size]
+        _scatter_columns(part.indptr, part.genes, values, column_of_gene, out)
+        first += factors.size
     return values_NH[:, :-1]
 
 
