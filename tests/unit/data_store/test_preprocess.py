@@ -396,6 +396,7 @@ def test_large_counts_are_normalised_as_small_ones_are(tmp_path):
 
 def test_anndata_reads_the_store_lazily_and_in_slices(store):
     pytest.importorskip("xarray")
+    pytest.importorskip("dask")
     lazy = ad.experimental.read_lazy(store.path)
     counts = store.read_counts(0, store.num_cells)
     assert (lazy.X[5:90].compute() != counts[5:90]).nnz == 0
