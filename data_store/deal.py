@@ -22,6 +22,7 @@ from data_store.deal_file import (
     Deals,
     DealSummary,
     Pieces,
+    copy_all,
     smallest_gene_dtype,
     summarize_deal,
     write_deal,
@@ -40,7 +41,7 @@ from data_store.schema import StoreError, TaskRunner
 Array = npt.NDArray[Any]
 
 # Values in a task's memory: about 24 bytes each while they are sorted.
-VALUES_PER_DEAL = 1 << 23
+VALUES_PER_DEAL = 1 << 22
 # A stretch is planned from the mean row; full rows could make it this many times as large.
 MAX_OVERFULL = 4
 _COUNT_DTYPES = ("uint8", "uint16", "uint32")
@@ -202,11 +203,11 @@ def deal(stretch: Stretch, job: DealJob) -> DealSummary:
     path = job.path(stretch.index)
     if not path.is_file():
         is_csc = job.source.files[stretch.file].layout == "csc"
-        write_deal(path, (_take_columns if is_csc else _take_rows)(stretch, job))
+        write_deal(path, *(_take_columns if is_csc else _take_rows)(stretch, job))
     return summarize_deal(path)
 
 
-def _take_rows(stretch: Stretch, job: DealJob) -> Pieces:
+def _take_rows(stretch: Stretch, job: DealJob) -> tuple[Pieces, npt.NDArray[np.float64]]:
     first = int(job.source.bounds[stretch.file])
     place = job.place[first + stretch.start : first + stretch.stop]
     wanted = np.flatnonzero(place >= 0)
@@ -218,11 +219,12 @@ def _take_rows(stretch: Stretch, job: DealJob) -> Pieces:
     genes_out = np.empty(matrix.nnz, dtype=smallest_gene_dtype(job.source.num_genes))
     values_out = np.empty_like(values)
     sums = np.empty(order.size)
-    _reorder(order, matrix.indptr, matrix.indices, values, genes_out, values_out, sums)
-    return Pieces(place[wanted][order], indptr, sums, genes_out, values_out)
+    zero = 0 if job.is_count else 0.0
+    _reorder(order, matrix.indptr, matrix.indices, values, genes_out, values_out, sums, zero)
+    return Pieces(place[wanted][order], indptr, genes_out, values_out), sums
 
 
-def _take_columns(stretch: Stretch, job: DealJob) -> Pieces:
+def _take_columns(stretch: Stretch, job: DealJob) -> tuple[Pieces, npt.NDArray[np.float64]]:
     file = job.source.files[stretch.file]
     first = int(job.source.bounds[stretch.file])
     ends = _read_column_ends(file)[stretch.start : stretch.stop + 1]
@@ -250,13 +252,8 @@ def _take_columns(stretch: Stretch, job: DealJob) -> Pieces:
     joined = _join_repeats(bounds, genes[order], values[order])
     indptr, genes, values = joined
     sums = np.add.reduceat(values, indptr[:-1], dtype=np.float64) if values.size else np.zeros(0)
-    return Pieces(
-        places,
-        indptr,
-        sums,
-        genes.astype(smallest_gene_dtype(job.source.num_genes)),
-        _shrink_values(values, job, stretch),
-    )
+    genes = genes.astype(smallest_gene_dtype(job.source.num_genes))
+    return Pieces(places, indptr, genes, _shrink_values(values, job, stretch)), sums
 
 
 def _shrink_values(values: npt.NDArray[np.float32], job: DealJob, stretch: Stretch) -> Array:
@@ -283,16 +280,19 @@ def _reorder(
     genes_out: Array,
     values_out: Array,
     sums: Array,
+    zero: float,
 ) -> None:
+    """Copy rows in another order, and add up each from ``zero`` on: 0, or 0.0 for fractions."""
     target = 0
     for number in range(order.size):
-        total = 0.0
-        for entry in range(indptr[order[number]], indptr[order[number] + 1]):
-            genes_out[target] = genes[entry]
-            values_out[target] = values[entry]
-            total += values[entry]
-            target += 1
+        begin, end = indptr[order[number]], indptr[order[number] + 1]
+        copy_all(genes[begin:end], genes_out[target:])
+        copy_all(values[begin:end], values_out[target:])
+        total = zero
+        for value in values[begin:end]:
+            total += value
         sums[number] = total
+        target += end - begin
 
 
 @numba.njit(cache=True, nogil=True)

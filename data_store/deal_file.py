@@ -7,11 +7,11 @@ Shape legend: n rows, m pieces of a deal.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -22,6 +22,9 @@ from data_store.schema import StoreError
 
 Array = npt.NDArray[Any]
 
+_HEADER_BYTES = 64
+_ALIGNMENT = 8
+
 
 class Pieces(NamedTuple):
     """Rows of the input, or parts of rows where it is stored by column, in store order."""
@@ -30,8 +33,6 @@ class Pieces(NamedTuple):
     """[m] row of the store, ascending."""
     indptr: npt.NDArray[np.int64]
     """[m + 1] where each piece begins, and the end."""
-    sums: npt.NDArray[np.float64]
-    """[m] sums of the values."""
     genes: Array
     """[nnz] gene of each value, uint16 or uint32."""
     values: Array
@@ -84,29 +85,39 @@ class Deals:
         StoreError
             If a deal is gone.
         """
-        parts = [_find_pieces(path, start, stop) for path in self.paths]
         indptr = np.zeros(stop - start + 1, dtype=np.int64)
-        for part in parts:
-            np.add.at(indptr, part.places - start + 1, np.diff(part.indptr))
+        for pieces in self.read_pieces(start, stop):
+            indptr[pieces.places - start + 1] += np.diff(pieces.indptr)
         np.cumsum(indptr, out=indptr)
         values = np.empty(indptr[-1], dtype=self.dtype)
         genes = np.empty(indptr[-1], dtype=smallest_gene_dtype(self.num_genes))
         free = indptr[:-1].copy()
-        for path, part in zip(self.paths, parts, strict=True):
-            if part.indptr[-1] > part.indptr[0]:
-                span = slice(int(part.indptr[0]), int(part.indptr[-1]))
-                found_genes, found = _read_span(path, span)
-                bounds, rows = part.indptr - span.start, part.places - start
-                found = found.astype(self.dtype, copy=False)
-                _append_pieces(rows, bounds, found_genes, found, free, genes, values)
+        for pieces in self.read_pieces(start, stop):
+            found = pieces.values.astype(self.dtype, copy=False)
+            _append(pieces.places - start, pieces.indptr, pieces.genes, found, free, genes, values)
         if not self.is_sorted:
             _sort_rows(indptr, genes, values)
         return SparseRows(indptr, genes, values)
 
+    def read_pieces(self, start: int, stop: int) -> Iterator[Pieces]:
+        """Read what each deal has of rows ``start:stop``, without joining it.
 
-class _Part(NamedTuple):
-    places: npt.NDArray[np.int64]
-    indptr: npt.NDArray[np.int64]
+        Raises
+        ------
+        StoreError
+            If a deal is gone.
+        """
+        for path in self.paths:
+            pieces, _ = _map_deal(path)
+            first, last = np.searchsorted(pieces.places, [start, stop])
+            if first < last:
+                span = slice(pieces.indptr[first], pieces.indptr[last])
+                yield Pieces(
+                    pieces.places[first:last],
+                    pieces.indptr[first : last + 1] - span.start,
+                    pieces.genes[span],
+                    pieces.values[span],
+                )
 
 
 def smallest_gene_dtype(num_genes: int) -> np.dtype[Any]:
@@ -114,88 +125,69 @@ def smallest_gene_dtype(num_genes: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if num_genes <= 1 << 16 else np.uint32)
 
 
-def write_deal(path: Path, pieces: Pieces) -> None:
-    """Write a deal, whole or not at all.
+def write_deal(path: Path, pieces: Pieces, sums: npt.NDArray[np.float64]) -> None:
+    """Write a deal and the [m] sums of its pieces, whole or not at all.
 
     Raises
     ------
     StoreError
         If the disk is full.
     """
+    types = f"{pieces.genes.dtype.name} {pieces.values.dtype.name}"
+    header = f"{pieces.places.size} {pieces.genes.size} {types}"
     with file_made_whole(path) as temporary, temporary.open("wb") as file:
-        for array in pieces:
-            np.save(file, array)
+        file.write(header.encode().ljust(_HEADER_BYTES))
+        for array in (*pieces, sums):
+            array.tofile(file)
+            file.write(bytes(-array.nbytes % _ALIGNMENT))
 
 
 def summarize_deal(path: Path) -> DealSummary:
     """Read what a deal says of its cells, without their values."""
-    with _open_deal(path) as file:
-        places, indptr, sums = (_read_array(file) for _ in range(3))
-        _skip_array(file)
-        _, dtype, _ = _read_header(file)
-    return DealSummary(places, np.diff(indptr), sums, dtype.name)
+    pieces, sums = _map_deal(path)
+    return DealSummary(
+        np.array(pieces.places), np.diff(pieces.indptr), np.array(sums), pieces.values.dtype.name
+    )
 
 
-def _find_pieces(path: Path, start: int, stop: int) -> _Part:
-    with _open_deal(path) as file:
-        places, indptr = _read_array(file), _read_array(file)
-    first, last = np.searchsorted(places, [start, stop])
-    return _Part(places[first:last], indptr[first : last + 1])
-
-
-def _read_span(path: Path, span: slice) -> tuple[Array, Array]:
-    with _open_deal(path) as file:
-        for _ in range(3):
-            _skip_array(file)
-        return _read_array(file, span), _read_array(file, span)
-
-
-@contextmanager
-def _open_deal(path: Path) -> Iterator[IO[bytes]]:
+def _map_deal(path: Path) -> tuple[Pieces, npt.NDArray[np.float64]]:
+    """Return the arrays of a deal as they lie in the file; nothing is read until it is used."""
     try:
-        file = path.open("rb")
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise StoreError(
             f"{path} is gone, a file that preprocessing wrote for itself; remove the folder "
             f"{path.parent.parent} and run the same command again"
         ) from error
-    with file:
-        yield file
-
-
-def _read_header(file: IO[bytes]) -> tuple[int, np.dtype[Any], int]:
-    """Return the length and type of the next array, and where it begins."""
-    np.lib.format.read_magic(file)
-    (length,), _, dtype = np.lib.format.read_array_header_1_0(file)
-    return length, dtype, file.tell()
-
-
-def _read_array(file: IO[bytes], span: slice | None = None) -> Array:
-    length, dtype, begin = _read_header(file)
-    first, stop = (0, length) if span is None else (span.start, span.stop)
-    file.seek(begin + first * dtype.itemsize)
-    values: Array = np.fromfile(file, dtype, stop - first)
-    file.seek(begin + length * dtype.itemsize)
-    return values
-
-
-def _skip_array(file: IO[bytes]) -> None:
-    length, dtype, begin = _read_header(file)
-    file.seek(begin + length * dtype.itemsize)
+    num_pieces, nnz, gene_dtype, dtype = content[:_HEADER_BYTES].decode().split()
+    m, n = int(num_pieces), int(nnz)
+    begin = _HEADER_BYTES
+    arrays = []
+    for size, name in ((m, "int64"), (m + 1, "int64"), (n, gene_dtype), (n, dtype), (m, "float64")):
+        arrays.append(np.frombuffer(content, name, size, begin))
+        begin += arrays[-1].nbytes + -arrays[-1].nbytes % _ALIGNMENT
+    return Pieces(*arrays[:4]), arrays[4]
 
 
 @numba.njit(cache=True, nogil=True)
-def _append_pieces(
+def copy_all(values: Array, out: Array) -> None:
+    """Copy values to the start of another array, as fast as memory allows."""
+    for place in range(values.size):
+        out[place] = values[place]
+
+
+@numba.njit(cache=True, nogil=True)
+def _append(
     rows: Array, bounds: Array, genes: Array, values: Array, free: Array, to_genes: Array, to: Array
 ) -> None:
     """Put each piece at the first free place of its row."""
     for piece in range(rows.size):
+        begin, end = bounds[piece], bounds[piece + 1]
         target = free[rows[piece]]
-        for entry in range(bounds[piece], bounds[piece + 1]):
-            to_genes[target] = genes[entry]
-            to[target] = values[entry]
-            target += 1
-        free[rows[piece]] = target
+        free[rows[piece]] += end - begin
+        copy_all(genes[begin:end], to_genes[target:])
+        copy_all(values[begin:end], to[target:])
 
 
 @numba.njit(cache=True, nogil=True)

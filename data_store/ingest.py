@@ -338,9 +338,7 @@ def _read_dense_rows(
     return sp.vstack(parts, format="csr")
 
 
-def _read_csr_rows(
-    group: dict[str, Array], source: SourceFile, rows: npt.NDArray[np.int64]
-) -> sp.csr_matrix:
+def _read_csr_rows(group: Any, source: SourceFile, rows: npt.NDArray[np.int64]) -> sp.csr_matrix:
     first_row, last_row = int(rows[0]), int(rows[-1])
     # Only the stretch that is needed: the whole indptr of 100 million cells is 800 MB.
     bounds = np.asarray(group["indptr"][first_row : last_row + 2]).astype(np.int64)
@@ -351,22 +349,28 @@ def _read_csr_rows(
     np.cumsum(bounds[local + 1] - bounds[local], out=indptr[1:])
     data = np.empty(indptr[-1], dtype=group["data"].dtype)
     indices = np.empty(indptr[-1], dtype=np.int32)
-    for lo, hi, first, last in _spans(local, bounds, _widest_gap(group["data"])):
+    stored = group["data"]
+    for lo, hi, first, last in _spans(local, bounds, _widest_gap(stored)):
         span = slice(int(bounds[first]), int(bounds[last + 1]))
         target = slice(indptr[lo], indptr[hi])
         is_whole = span.stop - span.start == target.stop - target.start
-        if is_whole and isinstance(group["data"], h5py.Dataset) and span.stop > span.start:
-            # Without a copy; HDF5 itself would write another type of indices as int32.
-            group["data"].read_direct(data, span, target)
+        if is_whole and _can_read_direct(group) and span.stop > span.start:
+            stored.read_direct(data, span, target)
             group["indices"].read_direct(indices, span, target)
             check_indices(indices[target], source.num_genes, source, "gene")
             continue
         wanted = slice(None) if is_whole else _positions(local[lo:hi], bounds)
-        data[target] = np.asarray(group["data"][span])[wanted]
+        data[target] = np.asarray(stored[span])[wanted]
         indices[target] = check_indices(
             np.asarray(group["indices"][span])[wanted], source.num_genes, source, "gene"
         )
     return sp.csr_matrix((data, indices, indptr), shape=(rows.size, source.num_genes))
+
+
+def _can_read_direct(group: Any) -> bool:
+    """Tell whether HDF5 can write into our arrays, which saves a copy."""
+    # Of wider indices it would make the largest int32, and the message would name that.
+    return isinstance(group["data"], h5py.Dataset) and group["indices"].dtype == np.int32
 
 
 def _widest_gap(data: Array) -> int:

@@ -18,6 +18,7 @@ import scipy.sparse as sp
 MAX_LOG1P = 15
 NUM_LEVELS = 256
 """Counts below this are looked up in a table of the cell's values: few others occur."""
+_LEVELS = np.arange(NUM_LEVELS, dtype=np.float32)
 
 
 def compute_library_size(counts: sp.csr_matrix) -> npt.NDArray[np.float64]:
@@ -53,8 +54,7 @@ def tabulate_log1p(size_factors: npt.NDArray[np.float32]) -> npt.NDArray[np.floa
 
     Counts repeat, so that looking them up is much cheaper than a logarithm for each.
     """
-    levels = np.arange(NUM_LEVELS, dtype=np.float32)
-    table: npt.NDArray[np.float32] = np.log1p(levels / size_factors[:, None])
+    table: npt.NDArray[np.float32] = np.log1p(_LEVELS / size_factors[:, None])
     return table
 
 
@@ -74,7 +74,7 @@ def look_up_log1p(
     size_factors
         [N] divisors.
     """
-    return _look_up(counts, indptr, size_factors, tabulate_log1p(size_factors), np.log1p)
+    return _look_up(counts, indptr, size_factors, np.log1p)
 
 
 def look_up_normalized(
@@ -83,17 +83,20 @@ def look_up_normalized(
     size_factors: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float32]:
     """Return normalised counts as ``look_up_log1p``, brought back from log1p with its rounding."""
-    table = np.expm1(tabulate_log1p(size_factors))
-    return _look_up(counts, indptr, size_factors, table, lambda x: np.expm1(np.log1p(x)))
+    return _look_up(counts, indptr, size_factors, lambda values: np.expm1(np.log1p(values)))
 
 
 def _look_up(
     counts: npt.NDArray[Any],
     indptr: npt.NDArray[np.int64],
     size_factors: npt.NDArray[np.float32],
-    table: npt.NDArray[np.float32],
     compute: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
 ) -> npt.NDArray[np.float32]:
+    if counts.size < NUM_LEVELS * size_factors.size:
+        normalized: npt.NDArray[np.float32] = counts.astype(np.float32)
+        normalized /= np.repeat(size_factors, np.diff(indptr))
+        return compute(normalized)
+    table = compute(_LEVELS / size_factors[:, None])
     values = np.empty(counts.size, dtype=np.float32)
     if _fill_values(counts, indptr, table, values):
         large = np.flatnonzero(counts >= NUM_LEVELS)

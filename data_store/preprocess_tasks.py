@@ -7,7 +7,7 @@ again gives the same bytes, so a killed run loses only the blocks in flight.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ from data_store.normalize import look_up_log1p
 from data_store.shards import HVG_PATH, StoreLayout, write_hvg_shard, write_nnz_shards
 
 Result = TypeVar("Result")
+
+_ROWS_IN_CACHE = 128
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ def work_on_counts(block: CellBlock, deals: Deals, work: Callable[[CountBlock], 
     shape = (block.num_cells, deals.num_genes)
     counts = sp.csr_matrix((rows.values, rows.genes, rows.indptr), shape=shape)
     return work(CountBlock(counts, block.size_factors, block.batch_codes))
+
+
+def _cut_rows(
+    rows: SparseRows, size_factors: npt.NDArray[np.float32]
+) -> Iterator[tuple[SparseRows, npt.NDArray[np.float32]]]:
+    """Cut rows into parts whose values stay in the cache."""
+    for first in range(0, size_factors.size, _ROWS_IN_CACHE):
+        factors = size_factors[first : first + _ROWS_IN_CACHE]
+        indptr = rows.indptr[first : first + factors.size + 1]
+        span = slice(indptr[0], indptr[-1])
+        yield SparseRows(indptr - indptr[0], rows.genes[span], rows.values[span]), factors
 
 
 @dataclass(frozen=True)
@@ -167,10 +180,12 @@ def _densify_columns(
     column_of_gene = np.full(num_genes, columns.size, dtype=np.int64)
     column_of_gene[columns] = np.arange(columns.size)
     values_NH = np.zeros((block.num_cells, columns.size + 1), dtype=np.float32)
-    indptr = rows.indptr[: block.num_cells + 1]
-    counts = rows.values[: indptr[-1]]
-    values = look_up_log1p(counts, indptr, block.size_factors)
-    _scatter_columns(indptr, rows.genes, values, column_of_gene, values_NH)
+    first = 0
+    for part, factors in _cut_rows(rows, block.size_factors):
+        values = look_up_log1p(part.values, part.indptr, factors)
+        out = values_NH[first : first + factors.size]
+        _scatter_columns(part.indptr, part.genes, values, column_of_gene, out)
+        first += factors.size
     return values_NH[:, :-1]
 
 

@@ -81,7 +81,7 @@ class ShardedArray:
         if not is_known:
             raise StoreError(
                 f"{path} is not laid out as statewide writes it (shards of blosc chunks with "
-                "checksums, cut along the rows): make a store of your own with 'statewide preprocess'"
+                "checksums, cut along the rows): make a store with 'statewide preprocess'"
             )
         self.shape = tuple(int(size) for size in meta["shape"])
         self._chunk_rows = int(chunk_shape[0])

@@ -12,7 +12,6 @@ from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import ObsColumns
 from tests.support.atlas import write_atlas
 
-MOMENTS = 10
 COLUMNS = ObsColumns(cell_type_key="cell_type", batch_col="batch")
 
 
@@ -41,7 +40,8 @@ def processes():
     return context
 
 
-def test_sigkill_at_ten_moments_leaves_the_same_store(processes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_sigkill_leaves_the_same_store(processes, tmp_path, monkeypatch, moments):
     source = write_atlas(tmp_path / "atlas.h5ad", num_cells=800, num_genes=120, contexts=2)
     # Here too, so that nothing is left to compile.
     preprocess(make_spec(source, tmp_path / "here"))
@@ -55,10 +55,10 @@ def test_sigkill_at_ten_moments_leaves_the_same_store(processes, tmp_path, monke
 
     monkeypatch.setattr(os, "fsync", lambda _: None)
     found = []
-    for number in range(MOMENTS):
+    for number in range(moments):
         out = tmp_path / f"killed_{number}"
         process = start(processes, source, out)
-        time.sleep(duration * number / MOMENTS)
+        time.sleep(duration * (number + 0.5) / moments)
         process.kill()
         process.join()
         partial = out.with_name(f"{out.name}.partial")
@@ -68,8 +68,9 @@ def test_sigkill_at_ten_moments_leaves_the_same_store(processes, tmp_path, monke
         assert file_digests(out) == expected
         assert not partial.exists()
     # Some must have fallen into the work, and into more than one step of it.
-    assert len(found) >= 3
-    assert len({"blocks" in names for names in found} | {"deals" in names for names in found}) == 2
+    assert len(found) >= moments // 3
+    assert moments == 3 or any("blocks" in names for names in found)
+    assert moments == 3 or any("blocks" not in names for names in found)
 
 
 def start(processes, source, out):
