@@ -20,9 +20,15 @@ import typer.core
 from pydantic import ValidationError
 
 from data_store.schema import SPLIT_NAMES, GeneChoice, UserError
-from launcher import cli_statistics, cli_store
+from launcher import cli_cluster, cli_statistics, cli_store
 from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
-from launcher.cli_options import AddressOpt, LocalOpt, open_cluster
+from launcher.cli_options import (
+    DEFAULT_WAIT_RESOURCES_S,
+    AddressOpt,
+    LocalOpt,
+    WaitOpt,
+    open_cluster,
+)
 from launcher.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -70,6 +76,7 @@ def run(
     address: AddressOpt = None,
     local: LocalOpt = False,
     overwrite: OverwriteOpt = False,
+    wait_resources: WaitOpt = DEFAULT_WAIT_RESOURCES_S,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe and print the plan; do nothing.")
     ] = False,
@@ -81,7 +88,7 @@ def run(
     if dry_run:
         _print_plan(config, overrides)
         return
-    pipeline = _run_until("evaluate", config, overrides, address, local, overwrite)
+    pipeline = _run_until("evaluate", config, overrides, address, local, overwrite, wait_resources)
     from launcher.evaluate_job import print_leaderboard
 
     print_leaderboard(pipeline.folder)
@@ -94,12 +101,13 @@ def train(
     address: AddressOpt = None,
     local: LocalOpt = False,
     overwrite: OverwriteOpt = False,
+    wait_resources: WaitOpt = DEFAULT_WAIT_RESOURCES_S,
 ) -> None:
     """Run the stages up to training, and stop there.
 
     Example: statewide train configs/demo.toml cluster.num_workers=1
     """
-    pipeline = _run_until("train", config, overrides, address, local, overwrite)
+    pipeline = _run_until("train", config, overrides, address, local, overwrite, wait_resources)
     typer.echo(f"checkpoints: {pipeline.folder.checkpoints}")
 
 
@@ -256,6 +264,9 @@ def predict(
 
 for command in (evaluate, score, prep):
     app.command()(command)
+for cluster_command in (cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop):
+    app.command()(cluster_command)
+app.command("list")(cli_cluster.list_jobs)
 
 
 @app.command()
@@ -359,12 +370,16 @@ def _run_until(
     address: str | None,
     local: bool,
     overwrite: bool,
+    wait_resources_s: float,
 ) -> Pipeline:
     from launcher.pipeline import Pipeline
     from state.recipe import load_config
 
     config = load_config(config_path, overrides or ())
-    with open_cluster(address, local=local) as (cluster, reporter):
+    with open_cluster(address, local=local, wait_resources_s=wait_resources_s) as (
+        cluster,
+        reporter,
+    ):
         pipeline = Pipeline(config, cluster, reporter)
         pipeline.run(overwrite=overwrite, until=until)
     return pipeline
