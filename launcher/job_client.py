@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import time
@@ -35,6 +36,12 @@ _MAX_TAIL_FAILURES = 5
 _SECONDS_BETWEEN_TAILS = 1.0
 # Ray lets these overrule an address that is given in the call.
 _OVERRULING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+# They say at level INFO what a user need not know.
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 
 
 class JobInfo(Protocol):
@@ -279,6 +286,8 @@ def _refuse_other_ray(theirs: str, address: str) -> None:
 def _open_client(url: str, headers: dict[str, str]) -> JobApi:
     from ray.job_submission import JobSubmissionClient
 
+    for module in _TALKATIVE:
+        logging.getLogger(module).setLevel(logging.WARNING)
     hidden = {name: os.environ.pop(name) for name in _OVERRULING if name in os.environ}
     try:
         client: JobApi = JobSubmissionClient(url, headers=headers)

@@ -69,7 +69,7 @@ class RayCluster:
         self._reporter.say(f"Ray: connecting to {where}", "dim")
         try:
             _knock(self._address)
-            with _own_signal_handlers():
+            with own_signal_handlers():
                 ray.init(
                     address=self._address or "local",
                     log_to_driver=False,
@@ -181,7 +181,7 @@ def size_of(item: Any) -> int:
 
 
 @contextmanager
-def _own_signal_handlers() -> Iterator[None]:
+def own_signal_handlers() -> Iterator[None]:
     """Keep this process's answer to SIGINT and SIGTERM: Ray puts its own in their place."""
     if threading.current_thread() is not threading.main_thread():
         yield
