@@ -186,10 +186,10 @@ def explained(head: Head, doing: str) -> Iterator[None]:
             "whether it still runs: statewide list --address " + head.address
         ) from None
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()
-        # The server's traceback comes with its own lines; the cause is the last of them.
+        # The server's traceback comes with its own lines; the cause is the last that has words.
+        lines = [line for line in str(error).splitlines() if re.search(r"\w", line)]
         raise LaunchError(
-            f"{doing} at {head.address} failed: {reason[-1] if reason else 'no reason given'}"
+            f"{doing} at {head.address} failed: {lines[-1] if lines else 'no reason given'}"
         ) from None
 
 

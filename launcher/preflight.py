@@ -86,7 +86,7 @@ def require_room(
             remaining = deadline - clock()
             if is_held_within(max(1.0, min(remaining, _LONGEST_LOOK_S))):
                 return
-            if clock() >= deadline:
+            if not clock() < deadline:
                 break
             if clock() >= next_line:
                 next_line = clock() + _SECONDS_BETWEEN_LINES

@@ -60,10 +60,16 @@ class RayCluster:
         Raises
         ------
         LaunchError
-            When no cluster answers at the address.
+            When no cluster answers at the address, or it is one of Ray Client.
         """
         if ray.is_initialized():
             return
+        if (self._address or "").startswith("ray://"):
+            raise LaunchError(
+                f"--address {self._address}: training does not run over Ray Client. From outside "
+                "the cluster: statewide submit CONFIG --address http://HEAD:8265; on one of its "
+                "machines: --address HEAD:6379"
+            )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         where = self._address or "a local Ray on this machine"
         self._reporter.say(f"Ray: connecting to {where}", "dim")
@@ -195,8 +201,8 @@ def own_signal_handlers() -> Iterator[None]:
 
 
 def _knock(address: str | None) -> None:
-    """Open and close a connection to ``[ray://]host:port``: Ray itself would retry for minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    """Open and close a connection to ``host:port``: Ray itself would retry for minutes."""
+    host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
 

@@ -47,7 +47,7 @@ def ray_cluster(num_cpus: int) -> Iterator[RayHead]:
         started.append(
             _start(
                 ["--head", "--port", port, "--dashboard-port", dashboard, "--num-cpus", 0]
-                + ["--node-ip-address", "127.0.0.1", "--temp-dir", folder, *common],
+                + ["--temp-dir", folder, *common],
                 head,
                 log,
             )

@@ -120,7 +120,7 @@ def test_slurm_hands_on_the_exit_code(machine: Machine):
 
 
 def test_slurm_goes_back_to_the_queue_when_it_must_leave(machine: Machine, tmp_path: Path):
-    machine.add("srun", f"touch {tmp_path / 'started'}; sleep 3; exit 5")
+    machine.add("srun", f"touch {tmp_path / 'started'}; sleep 1; exit 5")
     with subprocess.Popen(**machine.command(SBATCH, "r.toml", **SLURM)) as job:
         deadline = time.monotonic() + 30
         while not (tmp_path / "started").exists():

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -78,8 +79,6 @@ def test_ray_address_does_not_overrule_the_one_that_is_given(monkeypatch: pytest
     with serving(RAY) as server:
         assert connect_to_head(server.address.removeprefix("http://")).jobs is not None
         assert len(server.seen) >= 2  # ours, and that of Ray's client
-    import os
-
     assert os.environ["RAY_ADDRESS"] == "127.0.0.1:1"
 
 
@@ -181,7 +180,7 @@ def test_an_empty_token_file_is_no_token(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (AuthenticationError("x"), "no longer accepts the token"),
         (ConnectionError("gone"), "broke while stopping: gone"),
-        (RuntimeError("Request failed:\n Traceback\nValueError: cause"), "ValueError: cause"),
+        (RuntimeError("Request failed:\n Traceback\nValueError: cause\n."), "ValueError: cause"),
         (RuntimeError(""), "no reason given"),
     ],
     ids=lambda value: type(value).__name__,
