@@ -20,9 +20,15 @@ import typer.core
 from pydantic import ValidationError
 
 from data_store.schema import SPLIT_NAMES, GeneChoice, HvgFlavor, UserError
-from launcher import cli_statistics, cli_store
+from launcher import cli_cluster, cli_statistics, cli_store
 from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
-from launcher.cli_options import AddressOpt, LocalOpt, open_cluster
+from launcher.cli_options import (
+    DEFAULT_WAIT_RESOURCES_S,
+    AddressOpt,
+    LocalOpt,
+    WaitOpt,
+    open_cluster,
+)
 from launcher.cli_simulate import simulate
 from launcher.errors import Interrupted
 
@@ -72,6 +78,7 @@ def run(
     address: AddressOpt = None,
     local: LocalOpt = False,
     overwrite: OverwriteOpt = False,
+    wait_resources: WaitOpt = DEFAULT_WAIT_RESOURCES_S,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe and print the plan; do nothing.")
     ] = False,
@@ -83,7 +90,7 @@ def run(
     if dry_run:
         _print_plan(config, overrides)
         return
-    folder = _run_until("evaluate", config, overrides, address, local, overwrite)
+    folder = _run_until("evaluate", config, overrides, address, local, overwrite, wait_resources)
     from launcher.evaluate_job import print_leaderboard
 
     print_leaderboard(folder)
@@ -96,12 +103,13 @@ def train(
     address: AddressOpt = None,
     local: LocalOpt = False,
     overwrite: OverwriteOpt = False,
+    wait_resources: WaitOpt = DEFAULT_WAIT_RESOURCES_S,
 ) -> None:
     """Run the stages up to training, and stop there.
 
     Example: statewide train configs/demo.toml cluster.num_workers=1
     """
-    folder = _run_until("train", config, overrides, address, local, overwrite)
+    folder = _run_until("train", config, overrides, address, local, overwrite, wait_resources)
     for trained in sorted(folder.sub_runs.glob("*")) or [folder.path]:
         typer.echo(f"checkpoints: {trained / 'checkpoints'}")
 
@@ -267,6 +275,9 @@ def predict(
 
 for command in (evaluate, score, prep, simulate):
     app.command()(command)
+for cluster_command in (cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop):
+    app.command()(cluster_command)
+app.command("list")(cli_cluster.list_jobs)
 
 
 @app.command()
@@ -341,6 +352,7 @@ def _run_until(
     address: str | None,
     local: bool,
     overwrite: bool,
+    wait_resources_s: float,
 ) -> RunFolder:
     from launcher.pipeline import Pipeline
     from launcher.repeats import RepeatedRun
@@ -348,7 +360,10 @@ def _run_until(
 
     config = load_config(config_path, overrides or ())
     kind = RepeatedRun if config.evaluate.has_repeats else Pipeline
-    with open_cluster(address, local=local) as (cluster, reporter):
+    with open_cluster(address, local=local, wait_resources_s=wait_resources_s) as (
+        cluster,
+        reporter,
+    ):
         work = kind(config, cluster, reporter)
         work.run(overwrite=overwrite, until=until)
     return work.folder

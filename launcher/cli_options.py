@@ -17,11 +17,24 @@ AddressOpt = Annotated[
     typer.Option(help="Ray cluster to use; default: RAY_ADDRESS, or a Ray started here."),
 ]
 LocalOpt = Annotated[bool, typer.Option("--local", help="Run everything in this process.")]
+WaitOpt = Annotated[
+    float,
+    typer.Option(
+        "--wait-resources",
+        min=0.0,
+        metavar="SECONDS",
+        help="How long to wait for CPUs, GPUs and nodes of a cluster before giving up.",
+    ),
+]
+DEFAULT_WAIT_RESOURCES_S = 600.0
 
 
 @contextlib.contextmanager
 def open_cluster(
-    address: str | None, *, local: bool
+    address: str | None,
+    *,
+    local: bool,
+    wait_resources_s: float = DEFAULT_WAIT_RESOURCES_S,
 ) -> Iterator[tuple[RayCluster | ThisProcess, Reporter]]:
     """Give what runs the tasks of one command, and close it afterwards.
 
@@ -39,7 +52,7 @@ def open_cluster(
             f"--local runs in this process, --address {address} on a cluster: give one of them"
         )
     reporter = Reporter()
-    cluster = ThisProcess(reporter) if local else RayCluster(address, reporter)
+    cluster = ThisProcess(reporter) if local else RayCluster(address, reporter, wait_resources_s)
     try:
         yield cluster, reporter
     finally:

@@ -127,7 +127,7 @@ class Pipeline:
         """Say before the hours of preprocessing, not after, that training cannot fit."""
         trains = STAGE_NAMES.index(until) >= STAGE_NAMES.index("train")
         if trains and (overwrite or not self._runner.was_finished("train")):
-            self._cluster.require(self.config.cluster)
+            self._cluster.require(self.config)
 
     def _build(self, name: StageName) -> Stage | None:
         """Describe a stage; None where the recipe has no such stage.
@@ -293,7 +293,7 @@ class Pipeline:
 
     def _train(self) -> None:
         config = self.config
-        self._cluster.require(config.cluster)
+        self._cluster.require(config)
         alone = isinstance(self._cluster, ThisProcess)
         task = TrainTask(
             run_dir=self.folder.path,

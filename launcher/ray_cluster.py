@@ -6,13 +6,12 @@ Connecting is lazy: a run whose stages are all finished never starts Ray.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,8 +21,10 @@ from ray.exceptions import RayTaskError
 
 from data_store.schema import UserError
 from launcher.errors import LaunchError
+from launcher.preflight import refuse_shortage, require_room
 from launcher.progress import Reporter
-from state.config import ClusterConfig
+from launcher.ray_nodes import RaySupply, check_other_nodes
+from state.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,12 @@ class RayCluster:
         Address of a running cluster; None takes ``RAY_ADDRESS``, or else starts a local Ray.
     reporter
         Where progress is shown.
+    wait_resources_s
+        Seconds to wait for CPUs, GPUs and nodes of a running cluster.
     """
 
-    def __init__(self, address: str | None, reporter: Reporter) -> None:
+    def __init__(self, address: str | None, reporter: Reporter, wait_resources_s: float) -> None:
+        self._wait_resources_s = wait_resources_s
         self._address = address or os.environ.get("RAY_ADDRESS") or None
         self._reporter = reporter
         self._connected_here = False
@@ -56,16 +60,22 @@ class RayCluster:
         Raises
         ------
         LaunchError
-            When no cluster answers at the address.
+            When no cluster answers at the address, or it is one of Ray Client.
         """
         if ray.is_initialized():
             return
+        if (self._address or "").startswith("ray://"):
+            raise LaunchError(
+                f"--address {self._address}: training does not run over Ray Client. From outside "
+                "the cluster: statewide submit CONFIG --address http://HEAD:8265; on one of its "
+                "machines: --address HEAD:6379"
+            )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         where = self._address or "a local Ray on this machine"
         self._reporter.say(f"Ray: connecting to {where}", "dim")
         try:
             _knock(self._address)
-            with _own_signal_handlers():
+            with own_signal_handlers():
                 ray.init(
                     address=self._address or "local",
                     log_to_driver=False,
@@ -86,33 +96,24 @@ class RayCluster:
             ray.shutdown()
             self._connected_here = False
 
-    def require(self, wanted: ClusterConfig) -> None:
-        """Check that the cluster can ever hold the training workers.
+    def require(self, config: RunConfig) -> None:
+        """Wait until the cluster holds the training workers, and check that its nodes fit.
+
+        A Ray that was started here cannot grow, so there is nothing to wait for.
 
         Raises
         ------
         LaunchError
-            Saying what was asked for, what exists, and three ways out. Ray itself would wait
-            for ever.
+            Saying what was asked for, what exists, and three ways out (Ray itself would wait for
+            ever); or which nodes have other versions or do not share the storage.
         """
         self.connect()
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-        fits = sum(_workers_that_fit(node, wanted) for node in nodes)
-        if fits >= wanted.num_workers:
+        supply = RaySupply()
+        if self._address is None:
+            refuse_shortage(config.cluster, supply.nodes())
             return
-        gpu_each = " and 1 GPU" if wanted.use_gpu else ""
-        ways = [
-            f"cluster.num_workers={fits}" if fits else "a smaller cluster.cpus_per_worker",
-            "a larger cluster (--address)",
-            "cluster.use_gpu=false" if wanted.use_gpu else "--local, to train in this process",
-        ]
-        raise LaunchError(
-            f"cluster.num_workers = {wanted.num_workers} workers with {wanted.cpus_per_worker} "
-            f"CPU{gpu_each} each were asked for, but the cluster has {cpus:g} CPUs and "
-            f"{gpus:g} GPUs on {len(nodes)} nodes, enough for {fits}. Use one of: "
-            f"{'; '.join(ways)}"
-        )
+        require_room(config.cluster, supply, wait_s=self._wait_resources_s, say=self._reporter.say)
+        check_other_nodes(config)
 
     def run_tasks(
         self, task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str
@@ -155,7 +156,7 @@ class ThisProcess:
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""
 
-    def require(self, wanted: ClusterConfig) -> None:
+    def require(self, config: RunConfig) -> None:
         """Check that a GPU is there if one was asked for.
 
         Raises
@@ -163,7 +164,7 @@ class ThisProcess:
         LaunchError
             When ``use_gpu`` is set on a machine without a usable GPU.
         """
-        if wanted.use_gpu and not torch.cuda.is_available():
+        if config.cluster.use_gpu and not torch.cuda.is_available():
             raise LaunchError(
                 "cluster.use_gpu = true, but torch finds no CUDA GPU in this process. Set "
                 "cluster.use_gpu=false, or see: statewide doctor"
@@ -185,14 +186,8 @@ def size_of(item: Any) -> int:
     return int(getattr(item, "num_cells", 1))
 
 
-def _workers_that_fit(node: Mapping[str, float], wanted: ClusterConfig) -> int:
-    """Count the workers that one node can hold: a worker is never spread over nodes."""
-    by_cpu = math.floor(node.get("CPU", 0.0) / wanted.cpus_per_worker)
-    return min(by_cpu, math.floor(node.get("GPU", 0.0))) if wanted.use_gpu else by_cpu
-
-
 @contextmanager
-def _own_signal_handlers() -> Iterator[None]:
+def own_signal_handlers() -> Iterator[None]:
     """Keep this process's answer to SIGINT and SIGTERM: Ray puts its own in their place."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -206,8 +201,8 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 def _knock(address: str | None) -> None:
-    """Open and close a connection to ``[ray://]host:port``: Ray itself would retry for minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    """Open and close a connection to ``host:port``: Ray itself would retry for minutes."""
+    host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
 

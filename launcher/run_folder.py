@@ -24,6 +24,8 @@ _MAY_CHANGE = (
     "evaluate.",
     "statistics.",
     "train.activation_checkpointing",
+    # Where that file lies; what it says is part of the training stage's fingerprint.
+    "train.deepspeed:",
     "train.log_every_steps",
     "train.peak_tflops",
     "train.profile_steps",
@@ -31,6 +33,8 @@ _MAY_CHANGE = (
 
 
 _LOCK_NAME = ".lock"
+PROBE_NAME = ".probe"
+"""Folder in which the nodes of a cluster meet, to see that they share the storage."""
 
 # What a run makes in its folder: all that --overwrite may delete.
 _OWN_NAMES = (
@@ -135,7 +139,7 @@ class RunFolder:
     def _refuse_foreign(self) -> None:
         """Leave a folder alone that is not empty and was not made by a run."""
         names = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
-        if set(names) <= {_LOCK_NAME, ".train_lock"} or self._is_run():
+        if set(names) <= {_LOCK_NAME, PROBE_NAME, ".train_lock"} or self._is_run():
             return
         raise LaunchError(
             f"output_dir = {self.path} is not a run folder and not empty (it holds "

@@ -23,6 +23,7 @@ from data_store.files import write_text_atomically
 from data_store.schema import UserError
 from launcher.errors import Interrupted, LaunchError
 from launcher.progress import Reporter
+from launcher.ray_cluster import own_signal_handlers
 from launcher.run_folder import RunFolder
 from launcher.train_worker import TrainTask, run_worker
 from state.config import RunConfig
@@ -68,7 +69,9 @@ def train_with_ray(task: TrainTask, config: RunConfig, reporter: Reporter) -> No
     )
     with show_training(folder, config, reporter):
         try:
-            trainer.fit()
+            # Ray Train's own handler would outlive it, and swallow every later Ctrl-C.
+            with own_signal_handlers():
+                trainer.fit()
         except SystemExit:
             # Ray Train's own answer to Ctrl-C, after it has stopped the workers.
             raise Interrupted from None

@@ -161,6 +161,7 @@ def test_a_full_disk_is_named(recipe: Path, capsys, monkeypatch):
             ["is not there"],
         ),
         (["run", "{folder}/recipe.toml", "--address", "127.0.0.1:1"], ["127.0.0.1:1", "--address"]),
+        (["run", "{folder}/recipe.toml", "--address", "ray://head:10001"], ["statewide submit"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

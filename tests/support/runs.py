@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -60,15 +61,17 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
-def statewide(*arguments: str | Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
+def statewide(
+    *arguments: str | Path, timeout_s: float = 300, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end, with environment variables besides the usual ones."""
     return subprocess.run(
         _command(arguments),
         capture_output=True,
         text=True,
         timeout=timeout_s,
         check=False,
-        env=_environment(),
+        env=_environment() | dict(variables or {}),
     )
 
 

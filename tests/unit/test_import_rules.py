@@ -29,9 +29,10 @@ ONLY_IN = {
     "zarr": ("data_store",),
     "h5py": ("data_store",),
     "fsspec": ("data_store.remote",),
-    "aiohttp": ("data_store.remote",),
+    "aiohttp": ("data_store.remote", "launcher.job_client"),
     "typer": (
         "launcher.cli",
+        "launcher.cli_cluster",
         "launcher.cli_evaluate",
         "launcher.cli_options",
         "launcher.cli_simulate",

@@ -1,0 +1,97 @@
+"""Submit to a cluster with a dashboard, a token, and a head that takes no work."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.ray_cluster import RayHead, ray_cluster
+from tests.support.runs import losses, read_records, statewide, write_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_cluster(num_cpus=2) as started:
+        yield started
+
+
+def test_stopped_half_way_and_submitted_again_it_goes_on(head: RayHead, tmp_path: Path):
+    recipe, run_dir = write_recipe(tmp_path), tmp_path / "run"
+    slow = "train.max_steps=300"
+    sent = ask(head, "submit", recipe, slow, "--detach")
+    assert sent.returncode == 0, sent.stderr
+    assert sent.stderr == f"submitted tiny-a1 to {head.dashboard}\n"
+    wait_for_step(25, run_dir, head)
+
+    beside = ask(head, "submit", recipe, slow)
+    assert beside.returncode == 2
+    assert "'tiny' is already the job tiny-a1 (RUNNING)" in beside.stderr
+    stopped = ask(head, "stop", "tiny")
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.startswith("tiny-a1 is stopped.")
+    reached = read_records(run_dir)[-1]["step"]
+    assert reached < 300
+
+    again = ask(head, "submit", recipe, slow)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stderr.endswith("tiny-a2 succeeded\n")
+    assert "preprocess: finished before" in again.stdout
+    assert again.stdout.count("Leaderboard") == 1
+    assert len(losses(run_dir)["train/loss"]) == 300
+    assert not (run_dir / ".probe").exists()
+
+    shown = ask(head, "status", "tiny-a2")
+    assert shown.stdout.startswith("tiny-a2: SUCCEEDED\n")
+    assert f"run folder: {run_dir}" in shown.stdout
+    assert ask(head, "logs", "tiny").stdout.strip() in again.stdout
+    states = {line.split()[0]: line.split()[1] for line in ask(head, "list").stdout.splitlines()}
+    assert states["tiny-a1"] == "STOPPED"
+    assert states["tiny-a2"] == "SUCCEEDED"
+
+
+def test_too_many_workers_end_the_job_at_the_deadline(head: RayHead, tmp_path: Path):
+    recipe = write_recipe(tmp_path)
+    began = time.monotonic()
+    refused = ask(
+        head, "submit", recipe, "name=huge", "cluster.num_workers=50", "--wait-resources", "3"
+    )
+    assert refused.returncode == 2
+    assert "3 s were waited for them (--wait-resources)" in refused.stdout
+    assert "2 CPUs and 0 GPUs on 2 nodes, enough for 2" in refused.stdout
+    assert "huge-a1 failed with exit code 2" in refused.stderr
+    assert time.monotonic() - began < 120
+    assert not (tmp_path / "run" / "store").exists()
+
+
+def test_no_python_on_the_head_is_said(head: RayHead, tmp_path: Path):
+    failed = ask(head, "submit", write_recipe(tmp_path), "name=lost", "--python", "python0")
+    assert failed.returncode == 2
+    assert "the head finds no 'python0'" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "part"), [("wrong", "does not accept"), ("", "asks for a token")]
+)
+def test_without_the_right_token_nothing_is_told(
+    head: RayHead, tmp_path: Path, token: str, part: str
+):
+    empty = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"), "RAY_AUTH_TOKEN": token}
+    refused = ask(head, "list", **empty)
+    assert refused.returncode == 2
+    assert part in refused.stderr
+    assert refused.stdout == ""
+
+
+def ask(head: RayHead, *arguments: str | Path, **variables: str):
+    """Run the command line as somebody elsewhere who knows the address and the token."""
+    return statewide(*arguments, variables=head.environment | variables)
+
+
+def wait_for_step(step: int, run_dir: Path, head: RayHead) -> None:
+    deadline = time.monotonic() + 300
+    while not any(record["step"] >= step for record in read_records(run_dir)):
+        assert time.monotonic() < deadline, ask(head, "logs", "tiny").stdout
+        time.sleep(0.2)

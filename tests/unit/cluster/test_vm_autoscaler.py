@@ -1,0 +1,84 @@
+"""The autoscaler files against the schema that ships with Ray, and what a run needs of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+
+from launcher.preflight import NodeType, read_bootstrap_types
+from tests.support.runs import REPO_ROOT
+from tests.unit.cluster.pins import pin_of
+
+FILES = sorted((REPO_ROOT / "cluster" / "vm").glob("*.yaml"))
+SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+CLOUDS = ("aws", "gcp")
+
+
+@pytest.fixture(params=FILES, ids=[path.stem for path in FILES])
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return yaml.safe_load(request.param.read_text())
+
+
+def test_there_is_one_for_each_place():
+    assert [path.stem for path in FILES] == ["aws", "gcp", "on_premise"]
+
+
+def test_ray_accepts_it(config: dict[str, Any]):
+    jsonschema.validate(config, SCHEMA)
+    assert isinstance(config["provider"]["type"], str)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"idle_timeout": 5},
+        {"max_workers": "4"},
+        {"docker": {"image": "x", "gpu": True}},
+        {"available_node_types": {"gpu": {"node_config": {}}}},
+    ],
+    ids=str,
+)
+def test_ray_refuses_what_is_wrong(config: dict[str, Any], change: dict[str, Any]):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config | change, SCHEMA)
+
+
+def test_nodes_ask_for_a_token_and_the_head_takes_no_work(config: dict[str, Any]):
+    head = " ".join(config["head_start_ray_commands"])
+    for part in ("--head", "--num-cpus=0", "--dashboard-host=0.0.0.0", "--autoscaling-config="):
+        assert part in head
+    for start in (head, " ".join(config["worker_start_ray_commands"])):
+        assert "RAY_AUTH_MODE=token" in start
+        assert start.count("ray start") == 1
+    assert "$RAY_HEAD_IP:6379" in " ".join(config["worker_start_ray_commands"])
+    assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
+
+
+def test_containers_share_the_storage_and_the_image_of_this_ray(config: dict[str, Any]):
+    docker = config["docker"]
+    assert docker["image"].endswith(f"-ray{pin_of('ray')}")
+    assert "--volume=/shared:/shared" in docker["run_options"]
+    assert "--network=host" in docker["run_options"]
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_the_preflight_reads_the_worker_types(cloud: str, tmp_path: Path):
+    """``ray up`` leaves its file on the head under this name."""
+    text = (REPO_ROOT / "cluster" / "vm" / f"{cloud}.yaml").read_text()
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(text)
+    types = read_bootstrap_types(tmp_path)
+    config = yaml.safe_load(text)
+    gpu = config["available_node_types"]["gpu"]
+    assert types == [NodeType("gpu", gpu["resources"], gpu["max_workers"])]
+    assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
+
+
+def test_a_head_without_such_a_file_knows_no_types(tmp_path: Path):
+    assert read_bootstrap_types(tmp_path) is None
+    for text in ("{}", "[1, 2]", "available_node_types: {a: 3}", "a: b: c"):
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(text)
+        assert read_bootstrap_types(tmp_path) is None
