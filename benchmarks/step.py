@@ -11,7 +11,6 @@ import os
 import tempfile
 import tomllib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -32,8 +31,8 @@ from benchmarks.step_reference import (
 
 # (preset, sets a step, cells in each); the presets' set lengths are 128 and 512.
 CASES = (("st_small", 16, 128), ("st_small", 16, 100), ("st_base", 4, 512), ("st_base", 8, 100))
-# Of the loss, ours against the reference's. Both are fp32 sums over the same cells; the
-# reference's distance of a cell to itself is not 0 (STATE: 0.008), and bf16 has 8 bits.
+# Of the loss, ours against the reference's. Its distance of a cell to itself is not 0, and a set
+# that it fills by drawing cells again weighs them anew; bf16 has 8 bits.
 TOLERANCE = {"fp32": 5e-3, "bf16": 3e-2}
 
 
@@ -69,7 +68,7 @@ def compare_case(
     ]
     set_len = sizes["cell_set_len"]
     title = f"training step, {preset}: {num_sets} sets of {num_cells} cells, S = {set_len}"
-    comparison = compare(title, sides, rounds, partial(check_losses, num_cells=num_cells))
+    comparison = compare(title, sides, rounds, check_losses)
     distinct = num_sets * num_cells
     costs = {side: median(comparison.values(side, "cpu_s")) / distinct for side in comparison.sides}
     listing = ", ".join(f"{side} {1e3 * cost:.3f}" for side, cost in costs.items())
@@ -80,7 +79,7 @@ def compare_case(
     return Comparison(comparison.title, comparison.rounds, notes)
 
 
-def check_losses(results: Mapping[str, Arrays], num_cells: int) -> None:
+def check_losses(results: Mapping[str, Arrays]) -> None:
     """Hold the first loss of each of our sides against the reference's.
 
     Raises
@@ -88,12 +87,10 @@ def check_losses(results: Mapping[str, Arrays], num_cells: int) -> None:
     BenchmarkError
         If they differ by more than the arithmetic explains.
     """
-    del num_cells
     *ours, reference = results
     expected = float(results[reference]["loss"][0])
     for side in ours:
         loss = float(results[side]["loss"][0])
-        # A resampled set is another set: its loss is that of other weights on the cells.
         allowed = TOLERANCE[side.rsplit(" ", 1)[-1]]
         if not abs(loss / expected - 1) <= allowed:
             raise BenchmarkError(

@@ -1,0 +1,54 @@
+"""What the step and scaling benchmarks refuse, and the model that predicts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.harness import BenchmarkError, BenchmarkSkipped
+from benchmarks.scaling import WorkerTimes, describe, ring_seconds
+from benchmarks.step import check_losses, find_environment
+from benchmarks.step_reference import fill_slots
+
+
+def losses(bf16: float, fp32: float) -> dict:
+    values = {"ours, bf16": bf16, "ours, fp32": fp32, "arc-state 0.11.1": 10.0}
+    return {side: {"loss": np.array([value])} for side, value in values.items()}
+
+
+def test_sides_that_do_not_agree_get_no_ratio():
+    check_losses(losses(10.2, 10.01))
+    with pytest.raises(BenchmarkError, match="ours, fp32"):
+        check_losses(losses(10.2, 10.2))
+
+
+def test_an_environment_that_cannot_be_made_is_a_skip(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BenchmarkSkipped, match="--arc-env"):
+        find_environment(tmp_path / "file" / "env")
+
+
+def test_short_sets_are_filled_with_their_own_cells():
+    slots = fill_slots(100, 128)
+    assert slots[:100] == list(range(100))
+    assert len(slots) == 128
+    assert max(slots) < 100
+
+
+def test_ring_is_bounded_by_its_bandwidth_and_grows_with_nodes():
+    gib = 2**30
+    assert ring_seconds(8, gib) == pytest.approx(2 * 7 / 8 * gib / 450e9, rel=0.1)
+    times = [ring_seconds(gpus, gib) for gpus in (8, 16, 64, 1024)]
+    assert times == sorted(times)
+
+
+def worker(step_s: float) -> WorkerTimes:
+    return WorkerTimes(step_s, step_s, 0.2, 4 * 10**7, 1e13, 1)
+
+
+def test_nothing_is_predicted_from_a_model_that_did_not_foresee_two_workers():
+    lines = describe([{1: worker(2.0), 2: worker(2.25)}])
+    assert any("efficiency of 2 workers: 89%" in line for line in lines)
+    assert sum(line.startswith("PREDICTED") for line in lines) == 5
+    with pytest.raises(BenchmarkError, match="nothing is predicted"):
+        describe([{1: worker(2.0), 2: worker(4.0)}])
