@@ -56,8 +56,8 @@ class RaySupply:
             remove_placement_group(group)
 
 
-def check_other_nodes(config: RunConfig) -> None:
-    """Ask every node but this one for its versions and for the run's storage.
+def check_other_nodes(config: RunConfig) -> int:
+    """Ask every node but this one for its versions and for the run's storage; count them.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def check_other_nodes(config: RunConfig) -> None:
     here = ray.get_runtime_context().get_node_id()
     others = sorted(_living_nodes().keys() - {here})
     if not others:
-        return
+        return 0
     with open_probe(config.output_dir) as secret:
         orders = [
             NodeOrder(node_id, config.output_dir, secret, _inputs_of(config)) for node_id in others
@@ -80,6 +80,7 @@ def check_other_nodes(config: RunConfig) -> None:
             [order for order in orders if order not in gone],
             {node_id: reason for node_id, reason in lost.items() if node_id in still_there},
         )
+    return len(orders) - len(gone)
 
 
 def _ask(orders: Sequence[NodeOrder]) -> tuple[dict[str, NodeReport], dict[str, str]]:
