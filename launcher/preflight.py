@@ -21,7 +21,6 @@ from state.config import ClusterConfig
 
 _SECONDS_BETWEEN_LINES = 30.0
 _LONGEST_LOOK_S = 5.0
-_BOOTSTRAP_CONFIG = "ray_bootstrap_config.yaml"
 
 
 @dataclass(frozen=True)
@@ -119,13 +118,14 @@ def refuse_shortage(wanted: ClusterConfig, nodes: Sequence[Mapping[str, float]])
         )
 
 
-def read_bootstrap_types(home: Path) -> list[NodeType] | None:
-    """Read the node types of a cluster that ``ray up`` made, on its head.
+def read_autoscaling_config(path: Path) -> list[NodeType] | None:
+    """Read the node types of an autoscaler's file, as ``ray up`` leaves it on the head.
 
-    None elsewhere, and where a type does not say what its nodes have (machines of one's own).
+    None if it cannot be read, or if a type does not say what its nodes have, as with machines of
+    one's own.
     """
     try:
-        config = yaml.safe_load((home / _BOOTSTRAP_CONFIG).read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
         types = [
             _node_type(name, kind, config) for name, kind in config["available_node_types"].items()
         ]

@@ -115,7 +115,9 @@ class RayCluster:
         require_room(config.cluster, supply, wait_s=self._wait_resources_s, say=self._reporter.say)
         num_others = check_other_nodes(config)
         if num_others:
-            self._reporter.say(f"{num_others} other nodes: same versions, storage shared", "dim")
+            self._reporter.say(
+                f"other nodes: {num_others}, with the same versions and storage", "dim"
+            )
 
     def run_tasks(
         self, task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str

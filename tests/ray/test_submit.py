@@ -39,7 +39,7 @@ def test_stopped_half_way_and_submitted_again_it_goes_on(head: RayHead, tmp_path
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stderr.endswith("tiny-a2 succeeded\n")
     assert "preprocess: finished before" in again.stdout
-    assert "1 other nodes: same versions, storage shared" in again.stdout
+    assert "other nodes: 1, with the same versions and storage" in again.stdout
     assert again.stdout.count("Leaderboard") == 1
     assert len(losses(run_dir)["train/loss"]) == 150
     assert not (run_dir / ".probe").exists()
