@@ -21,7 +21,6 @@ from state.config import ClusterConfig
 
 _SECONDS_BETWEEN_LINES = 30.0
 _LONGEST_LOOK_S = 5.0
-_BOOTSTRAP_CONFIG = "ray_bootstrap_config.yaml"
 
 
 @dataclass(frozen=True)
@@ -119,25 +118,32 @@ def refuse_shortage(wanted: ClusterConfig, nodes: Sequence[Mapping[str, float]])
         )
 
 
-def read_bootstrap_types(home: Path) -> list[NodeType] | None:
-    """Read the node types of a cluster that ``ray up`` made, on its head; None elsewhere."""
+def read_autoscaling_config(path: Path) -> list[NodeType] | None:
+    """Read the node types of an autoscaler's file, as ``ray up`` leaves it on the head.
+
+    None if it cannot be read, or if a type does not say what its nodes have, as with machines of
+    one's own.
+    """
     try:
-        text = (home / _BOOTSTRAP_CONFIG).read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-        types: Mapping[str, Any] = config["available_node_types"]
-        all_workers = float(config.get("max_workers", math.inf))
-        return [
-            NodeType(
-                name,
-                {kind: float(amount) for kind, amount in kind_of["resources"].items()},
-                # Ray counts the head apart.
-                min(float(kind_of.get("max_workers", all_workers)), all_workers),
-            )
-            for name, kind_of in types.items()
-            if name != config.get("head_node_type")
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        types = [
+            _node_type(name, kind, config) for name, kind in config["available_node_types"].items()
         ]
     except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError):
         return None
+    growing = [kind for kind in types if kind.max_nodes > 0]
+    return growing if all(kind.resources for kind in growing) else None
+
+
+def _node_type(name: str, kind: Mapping[str, Any], config: Mapping[str, Any]) -> NodeType:
+    all_workers = float(config.get("max_workers", math.inf))
+    # Ray adds no second node of the head's type unless the file says so.
+    default = 0.0 if name == config.get("head_node_type") else all_workers
+    return NodeType(
+        name,
+        {what: float(amount) for what, amount in kind["resources"].items()},
+        min(float(kind.get("max_workers", default)), all_workers),
+    )
 
 
 def _refuse_impossible(wanted: ClusterConfig, supply: Supply) -> None:

@@ -113,7 +113,11 @@ class RayCluster:
             refuse_shortage(config.cluster, supply.nodes())
             return
         require_room(config.cluster, supply, wait_s=self._wait_resources_s, say=self._reporter.say)
-        check_other_nodes(config)
+        num_others = check_other_nodes(config)
+        if num_others:
+            self._reporter.say(
+                f"other nodes: {num_others}, with the same versions and storage", "dim"
+            )
 
     def run_tasks(
         self, task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str

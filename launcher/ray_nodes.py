@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
 from ray._private.state import state as ray_state
 from ray.exceptions import GetTimeoutError, RayError
@@ -14,10 +15,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launcher.node_check import NodeOrder, NodeReport, examine_node, open_probe, refuse_unfit
-from launcher.preflight import NodeType, read_bootstrap_types
+from launcher.preflight import NodeType, read_autoscaling_config
 from state.config import RunConfig
 
 _CHECK_TIMEOUT_S = 180.0
+# How Ray starts its autoscaler on the head.
+_MONITOR = "autoscaler/_private/monitor.py"
+_CONFIG_OPTION = "--autoscaling-config="
 
 
 class RaySupply:
@@ -30,8 +34,8 @@ class RaySupply:
     def node_types(self) -> list[NodeType] | None:
         """Return the autoscaler's node types; None where this machine is told none.
 
-        Clusters made by ``ray up`` leave them on the head, some managed ones in Ray's own store.
-        KubeRay's autoscaler keeps them to itself.
+        Clusters made by ``ray up`` keep them in a file on the head, some managed ones in
+        Ray's store. KubeRay's autoscaler keeps them to itself.
         """
         # Private, and what Ray Train itself asks before it places its workers.
         config = ray_state.get_cluster_config()
@@ -44,7 +48,8 @@ class RaySupply:
                 )
                 for group in config.node_group_configs
             ]
-        return read_bootstrap_types(Path.home())
+        path = find_autoscaling_config()
+        return None if path is None else read_autoscaling_config(path)
 
     @contextmanager
     def reserve(self, bundles: Sequence[Mapping[str, float]]) -> Iterator[Callable[[float], bool]]:
@@ -56,8 +61,23 @@ class RaySupply:
             remove_placement_group(group)
 
 
-def check_other_nodes(config: RunConfig) -> None:
-    """Ask every node but this one for its versions and for the run's storage.
+def find_autoscaling_config() -> Path | None:
+    """Find the file of the autoscaler that runs on this machine; None where none runs.
+
+    A file that lies about may be that of an earlier cluster.
+    """
+    for process in psutil.process_iter(["cmdline"]):
+        words: list[str] = process.info["cmdline"] or []
+        if not any(word.endswith(_MONITOR) for word in words):
+            continue
+        for word in words:
+            if word.startswith(_CONFIG_OPTION):
+                return Path(word.removeprefix(_CONFIG_OPTION)).expanduser()
+    return None
+
+
+def check_other_nodes(config: RunConfig) -> int:
+    """Ask every node but this one for its versions and for the run's storage; count them.
 
     Raises
     ------
@@ -67,7 +87,7 @@ def check_other_nodes(config: RunConfig) -> None:
     here = ray.get_runtime_context().get_node_id()
     others = sorted(_living_nodes().keys() - {here})
     if not others:
-        return
+        return 0
     with open_probe(config.output_dir) as secret:
         orders = [
             NodeOrder(node_id, config.output_dir, secret, _inputs_of(config)) for node_id in others
@@ -80,6 +100,7 @@ def check_other_nodes(config: RunConfig) -> None:
             [order for order in orders if order not in gone],
             {node_id: reason for node_id, reason in lost.items() if node_id in still_there},
         )
+    return len(orders) - len(gone)
 
 
 def _ask(orders: Sequence[NodeOrder]) -> tuple[dict[str, NodeReport], dict[str, str]]:

@@ -20,27 +20,28 @@ def head() -> Iterator[RayHead]:
 
 def test_stopped_half_way_and_submitted_again_it_goes_on(head: RayHead, tmp_path: Path):
     recipe, run_dir = write_recipe(tmp_path), tmp_path / "run"
-    slow = "train.max_steps=300"
-    sent = ask(head, "submit", recipe, slow, "--detach")
+    longer = ["train.max_steps=150", "evaluate.baselines=['cell_mean']", "statistics.enabled=false"]
+    sent = ask(head, "submit", recipe, *longer, "--detach")
     assert sent.returncode == 0, sent.stderr
     assert sent.stderr == f"submitted tiny-a1 to {head.dashboard}\n"
-    wait_for_step(25, run_dir, head)
+    wait_for_step(15, run_dir, head)
 
-    beside = ask(head, "submit", recipe, slow)
+    beside = ask(head, "submit", recipe, *longer)
     assert beside.returncode == 2
     assert "'tiny' is already the job tiny-a1 (RUNNING)" in beside.stderr
     stopped = ask(head, "stop", "tiny")
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout.startswith("tiny-a1 is stopped.")
     reached = read_records(run_dir)[-1]["step"]
-    assert reached < 300
+    assert reached < 150
 
-    again = ask(head, "submit", recipe, slow)
+    again = ask(head, "submit", recipe, *longer)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stderr.endswith("tiny-a2 succeeded\n")
     assert "preprocess: finished before" in again.stdout
+    assert "other nodes: 1, with the same versions and storage" in again.stdout
     assert again.stdout.count("Leaderboard") == 1
-    assert len(losses(run_dir)["train/loss"]) == 300
+    assert len(losses(run_dir)["train/loss"]) == 150
     assert not (run_dir / ".probe").exists()
 
     shown = ask(head, "status", "tiny-a2")
