@@ -1,13 +1,11 @@
 """What the step and scaling benchmarks refuse, and the model that predicts."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from benchmarks.harness import BenchmarkError, BenchmarkSkipped
+from benchmarks.errors import BenchmarkError
 from benchmarks.scaling import WorkerTimes, describe, ring_seconds
-from benchmarks.step import check_losses, find_environment
+from benchmarks.step import check_losses
 from benchmarks.step_reference import fill_slots
 
 
@@ -20,12 +18,6 @@ def test_sides_that_do_not_agree_get_no_ratio():
     check_losses(losses(10.2, 10.01))
     with pytest.raises(BenchmarkError, match="ours, fp32"):
         check_losses(losses(10.2, 10.2))
-
-
-def test_an_environment_that_cannot_be_made_is_a_skip(tmp_path: Path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(BenchmarkSkipped, match="--arc-env"):
-        find_environment(tmp_path / "file" / "env")
 
 
 def test_short_sets_are_filled_with_their_own_cells():
