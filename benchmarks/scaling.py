@@ -20,7 +20,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.child import peak_rss_bytes
-from benchmarks.harness import REPO_ROOT, BenchmarkError, Comparison, Measurement
+from benchmarks.errors import BenchmarkError
+from benchmarks.harness import REPO_ROOT, Comparison, Measurement
 from benchmarks.settings import Settings
 from benchmarks.step_reference import NUM_BATCHES, NUM_GENES, PERT_DIM, draw_cells
 

@@ -1,7 +1,7 @@
 """One training step beside arc-state 0.11.1's: equal widths, equal batch, the same weights.
 
-arc-state runs in an environment of its own (``--arc-env``; made there if it is not), because its
-package is called ``state`` too. Run by ``python -m benchmarks step``. Both sides start from one
+arc-state runs in an environment of its own (``benchmarks.environments``), because its package is
+called ``state`` too. Run by ``python -m benchmarks step``. Both sides start from one
 checkpoint of the reference, and their losses must agree before a ratio is given.
 """
 

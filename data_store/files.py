@@ -22,8 +22,16 @@ from data_store.schema import StoreError
 _HASH_BLOCK_BYTES = 1 << 20
 
 
-class FullDiskError(StoreError):
-    """No space is left: what is finished stays, and the same command goes on from there."""
+class TransientError(StoreError):
+    """Nothing is wrong with the input: what is finished stays, and the same command goes on."""
+
+
+class FullDiskError(TransientError):
+    """No space is left."""
+
+
+class ReadError(TransientError):
+    """Bytes that cannot be read, now at least: a network or a disk that fails."""
 
 
 @contextlib.contextmanager

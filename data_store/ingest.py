@@ -20,6 +20,7 @@ import scipy.sparse as sp
 import zarr
 
 from data_store.containers import Array, Group, open_anndata
+from data_store.files import ReadError
 from data_store.hints import nearest, some
 from data_store.schema import InputPath, StoreError
 
@@ -214,7 +215,7 @@ def open_matrix(source: SourceFile) -> Iterator[Any]:
         try:
             yield file[source.matrix]
         except (OSError, RuntimeError) as error:
-            raise StoreError(f"{source.matrix} of {source.name} cannot be read: {error}") from error
+            raise ReadError(f"{source.matrix} of {source.name} cannot be read: {error}") from error
 
 
 def _read_file_rows(

@@ -1,4 +1,4 @@
-"""Library size, scaling and log1p of raw counts, bit for bit as scanpy does them, and the inverse.
+"""Library size, scaling and log1p of raw counts, bit for bit as scanpy does them.
 
 Pure functions on CSR. ``scanpy.pp.normalize_total`` (1.11.5) works in float32: row sums, their
 ratio to the target, and the division of each count. Shape legend: N cells, G genes.
@@ -122,15 +122,3 @@ def _fill_values(
             num_large += count > last
             values[entry] = levels[min(count, last)]
     return num_large
-
-
-def expm1(values: sp.csr_matrix) -> sp.csr_matrix:
-    """Undo the log1p: normalised counts again, float32 CSR."""
-    return sp.csr_matrix((np.expm1(values.data), values.indices, values.indptr), shape=values.shape)
-
-
-def denormalize(values: sp.csr_matrix, size_factors: npt.NDArray[np.float32]) -> sp.csr_matrix:
-    """Undo ``normalize_log1p``: raw counts again, within float32 rounding."""
-    normalized = expm1(values)
-    normalized.data *= np.repeat(size_factors, np.diff(values.indptr))
-    return normalized

@@ -16,7 +16,7 @@ from pathlib import Path
 from data_store.annotations import consolidate_metadata, write_annotations
 from data_store.atlas import open_source
 from data_store.deal import estimate_nnz
-from data_store.files import full_disk_is_a_user_error
+from data_store.files import FullDiskError, full_disk_is_a_user_error
 from data_store.genes import check_flavor
 from data_store.ingest import CountSource
 from data_store.locate import describe_input, explain_change
@@ -156,7 +156,8 @@ def _build(
 def _check_room(workspace: Workspace, needed: int, what: str) -> None:
     free = shutil.disk_usage(workspace.root).free
     if needed > free:
-        raise StoreError(
+        # Not a plain StoreError: that would remove the cells that an earlier run has dealt.
+        raise FullDiskError(
             f"{what} about {needed / 2**30:.2f} GiB at {workspace.out}, but the disk has "
             f"{free / 2**30:.2f} GiB free; free some space or choose another output folder (--out)"
         )

@@ -20,7 +20,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from data_store.files import FullDiskError, sync_tree, write_bytes_atomically, write_json_atomically
+from data_store.files import (
+    TransientError,
+    sync_tree,
+    write_bytes_atomically,
+    write_json_atomically,
+)
 from data_store.locate import explain_change
 from data_store.manifest import (
     COMMIT_NAME,
@@ -109,7 +114,7 @@ class Workspace:
             workspace._begin(json.loads(json.dumps({**key, "format_version": FORMAT_VERSION})))
             try:
                 yield workspace
-            except FullDiskError:
+            except TransientError:
                 raise
             except StoreError:
                 # An input that was refused in the first pass leaves nothing to continue from.

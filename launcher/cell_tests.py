@@ -39,7 +39,7 @@ from state.metrics.judged_cells import (
 )
 from state.metrics.profiles import Conventions
 
-_CACHE_VERSION: Final = 1
+_CACHE_VERSION: Final = 2
 """Raised whenever the same cells and settings would give other numbers."""
 _MOST_HELD: Final = 1 << 26
 """Stored values of a file that is read into memory for its rows: 512 MB with their indices."""

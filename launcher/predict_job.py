@@ -111,6 +111,7 @@ def predict_run(
         ]
         list(run_tasks(write_profiles, tasks[:1], what="averaging", unit="tables"))
         results = list(run_tasks(write_prediction, tasks, what="predicting", unit="models"))
+        (partial / _PROFILES).unlink()
         write_json_atomically(
             partial / PROVENANCE,
             {

@@ -1,7 +1,7 @@
 """Predict cells with the trained model or a baseline, from controls that all of them share.
 
-How a predicted change becomes cells is one step for all models (``launcher.synthesis_choice``
-chooses it on the validation split). Shape legend: N cells, G genes, D feature width.
+How a predicted change becomes cells is one step for all models (``state.synthesis_choice`` chooses
+it on the validation split). Shape legend: N cells, G genes, D feature width.
 """
 
 from __future__ import annotations

@@ -184,7 +184,8 @@ def _read_tables(sub_runs: list[SubRun], model: str) -> pd.DataFrame:
     parts = []
     for sub_run in sub_runs:
         path = sub_run.config.output_dir / "evaluation" / f"{model}_per_perturbation.csv"
-        part = pd.read_csv(path)
+        # As text: pandas would read a perturbation called NA as missing, and leave it out.
+        part = pd.read_csv(path, converters={"perturbation": str})
         part["fold"] = 0 if sub_run.fold is None else sub_run.fold
         part["seed"] = sub_run.seed
         parts.append(part)

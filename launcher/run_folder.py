@@ -39,7 +39,7 @@ PROBE_NAME = ".probe"
 # What a run makes in its folder: all that --overwrite may delete.
 _OWN_NAMES = (
     *("config.toml", "deepspeed.json", "features.json", "metrics.jsonl", "splits.toml"),
-    *("init_from.json", "profile"),
+    *("init_from.json", "profile", "splits.md", "splits.csv", "cache"),
     *("checkpoints", "evaluation", "logs", "predictions", "stages", "statistics"),
     *("store", "tb", "runs", "report.html"),
     *("evaluation.partial", "predictions.partial", "store.partial"),

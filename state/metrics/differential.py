@@ -180,7 +180,7 @@ def compute_rank_sums(
     cells
         One side of a comparison.
     nonzero_G
-        [G] ``count_nonzeros`` of it.
+        [G] ``count_nonzeros`` of it, or more.
     gene_start, gene_stop
         The block, as numbers of judged genes.
 
@@ -212,7 +212,9 @@ def compute_rank_sums(
             f"genes {gene_start} to {gene_stop - 1} hold negative, infinite or NaN values: log1p "
             "expression is finite and at least 0. Clip the prediction at 0"
         )
-    return RankSums(*rank_kernels.rank_genes(keys, starts, cells.sizes.astype(np.float64)))
+    # Where cells of the tables take no part, there are fewer keys than non-zeros.
+    sizes = cells.sizes.astype(np.float64)
+    return RankSums(*rank_kernels.rank_genes(keys, starts[:-1], cursor_B, sizes))
 
 
 def finish_differential(

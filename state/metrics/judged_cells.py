@@ -168,7 +168,10 @@ def check_values(scan: CellScan, what: str) -> None:
 
 
 def count_nonzeros(cells: JudgedCells, scans: list[CellScan]) -> npt.NDArray[np.int64]:
-    """Return the non-zeros of each judged gene, [G]; ``scans`` are those of the parts' tables."""
+    """Return the most non-zeros that each judged gene can have, [G].
+
+    ``scans`` are those of the parts' tables, and count cells that take no part, too.
+    """
     total_G = np.zeros(len(cells.genes), dtype=np.int64)
     control = len(cells.names)
     for part, scan in zip(cells.parts, scans, strict=True):

@@ -247,13 +247,15 @@ def _walk_gene(
 
 
 @njit(cache=True, nogil=True)
-def rank_genes(keys: Array, starts: Array, sizes: Array) -> tuple[Array, Array, Array, Array]:
+def rank_genes(
+    keys: Array, starts: Array, stops: Array, sizes: Array
+) -> tuple[Array, Array, Array, Array]:
     """Compute rank statistics of every perturbation against the control, gene by gene.
 
     Parameters
     ----------
-    keys, starts
-        ``keys[starts[b]:starts[b + 1]]`` are those of the block's gene b; their order is lost.
+    keys, starts, stops
+        ``keys[starts[b]:stops[b]]`` are those of the block's gene b; their order is lost.
     sizes
         [P + 1] float64 cells in each group, the control last.
 
@@ -265,15 +267,15 @@ def rank_genes(keys: Array, starts: Array, sizes: Array) -> tuple[Array, Array, 
         float64: U1 is exact, and no result depends on the order of the cells, as sums are taken in
         order of the values.
     """
-    num_genes, control = len(starts) - 1, len(sizes) - 1
+    num_genes, control = len(starts), len(sizes) - 1
     u_PB = np.zeros((control, num_genes))
     ties_PB = np.zeros((control, num_genes))
     sums_PB = np.zeros((control + 1, num_genes))
     squares_PB = np.zeros((control + 1, num_genes))
-    scratch = np.empty(max(0, np.max(np.diff(starts))), np.uint64)
+    scratch = np.empty(max(0, np.max(stops - starts)), np.uint64)
     tied_P = np.zeros(control)
     for gene in range(num_genes):
-        ordered = _sort_by_value(keys[starts[gene] : starts[gene + 1]], scratch)
+        ordered = _sort_by_value(keys[starts[gene] : stops[gene]], scratch)
         u_P, ties_P = np.zeros(control), np.zeros(control)
         sums, nonzero = np.zeros(control + 1), np.zeros(control + 1)
         squares = np.zeros(control + 1)

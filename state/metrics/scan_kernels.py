@@ -1,6 +1,6 @@
 """Compiled loops that look over a block of expression: non-zeros by gene, range, fractions.
 
-Each adds the non-zeros of perturbed and of control cells to ``nonzero_2G`` and returns (least
+Each adds the non-zeros of control cells and of all others to ``nonzero_2G`` and returns (least
 value, largest value, all finite, any fraction). Called by ``judged_cells``. Legend: n cells and C
 columns of a block, G genes asked for.
 """

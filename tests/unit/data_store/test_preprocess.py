@@ -320,6 +320,11 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(source, store, tmp_path, mo
             preprocess(spec)
     deals = sorted((tmp_path / "store.partial/deals").iterdir())
     assert [path.name for path in deals] == ["000000.deal", "000001.deal"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(10))
+        with pytest.raises(StoreError, match="needs about"):
+            preprocess(spec)
+    assert deals == sorted((tmp_path / "store.partial/deals").iterdir())
     assert preprocess(spec).digest == store.digest
 
 

@@ -180,3 +180,14 @@ def test_values_that_are_no_log1p_expression_are_refused(bad, form):
     values[3, 4] = bad
     with pytest.raises(EvaluationError, match="negative, infinite or NaN"):
         compute_differential(replace(table, values=form(values)))
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+def test_cells_that_take_no_part_change_nothing(form):
+    table = random_table(0)
+    takes_part = np.arange(len(table.labels)) % 3 > 0
+    masked = np.where(takes_part, table.labels, -1)
+    values = dense(table)
+    some = replace(table, values=form(values), labels=masked)
+    alone = replace(table, values=form(values[takes_part]), labels=table.labels[takes_part])
+    assert_equal(compute_differential(some), compute_differential(alone))
