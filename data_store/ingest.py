@@ -235,7 +235,8 @@ def _read_file_rows(
         counts = _rename_columns(counts, source.gene_map, num_genes)
     if not counts.has_canonical_format:
         counts.sum_duplicates()
-    counts.eliminate_zeros()
+    if not counts.data.all():
+        counts.eliminate_zeros()
     return counts
 
 

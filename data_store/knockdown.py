@@ -128,6 +128,18 @@ def judge_knockdown(
     return Knockdown(table, is_kept_N)
 
 
+def refuse_input(expression: Expression, out: Path) -> None:
+    """Refuse to write kept cells over what they are read from.
+
+    Raises
+    ------
+    StoreError
+        If ``out`` is an input.
+    """
+    if out.resolve() in _input_paths(expression):
+        raise StoreError(f"{out} is the input itself; give another file for the kept cells")
+
+
 def write_kept_cells(
     expression: Expression,
     is_kept_N: npt.NDArray[np.bool_],
@@ -143,8 +155,7 @@ def write_kept_cells(
     StoreError
         If ``out`` is an input, or the disk is full.
     """
-    if out.resolve() in _input_paths(expression):
-        raise StoreError(f"{out} is the input itself; give another file for the kept cells")
+    refuse_input(expression, out)
     obs = expression.obs[is_kept_N].copy()
     for column in obs.select_dtypes("category"):
         obs[column] = obs[column].cat.remove_unused_categories()

@@ -139,7 +139,9 @@ def read_manifest(root: Path) -> Manifest:
         file_format = content.pop("format")
         version = int(content.pop("format_version"))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise StoreError(f"{path} is damaged ({error}); run 'statewide preprocess' anew") from error
+        raise StoreError(
+            f"{path} is damaged ({error}); remove the folder and run 'statewide preprocess' anew"
+        ) from error
     if file_format != FORMAT:
         raise StoreError(f"{root} is not a store: {path} has the format {file_format!r}")
     if version > FORMAT_VERSION:
@@ -153,7 +155,7 @@ def read_manifest(root: Path) -> Manifest:
             f"{FORMAT_VERSION}; remove the folder and run 'statewide preprocess' anew"
         )
     marker = root / COMMIT_NAME
-    if not marker.is_file() or marker.read_text("ascii").strip() != sha256_of_file(path):
+    if not marker.is_file() or marker.read_bytes().strip() != sha256_of_file(path).encode():
         raise StoreError(
             f"{root} is unfinished or damaged: {COMMIT_NAME} does not match {MANIFEST_NAME}; "
             "remove the folder and run 'statewide preprocess' anew"

@@ -124,7 +124,7 @@ def _accumulate(
 ) -> None:
     for position in range(data.size):
         value = data[position]
-        gene = indices[position]
+        gene = np.uint32(indices[position])
         nnz_G[gene] += value != 0
         sum_G[gene] += value
         sum_sq_G[gene] += value * value

@@ -114,11 +114,14 @@ def _fill_values(
 ) -> int:
     """Look up the small counts, and return how many are not."""
     num_large = 0
-    last = table.shape[1] - 1
+    # Unsigned numbers index without a test for negative ones.
+    last = np.uint32(table.shape[1] - 1)
     for row in range(indptr.size - 1):
         levels = table[row]
-        for entry in range(indptr[row], indptr[row + 1]):
-            count = np.int64(counts[entry])
-            num_large += count > last
-            values[entry] = levels[min(count, last)]
+        row_counts = counts[indptr[row] : indptr[row + 1]]
+        out = values[indptr[row] : indptr[row + 1]]
+        for entry in range(row_counts.size):
+            count = np.uint32(row_counts[entry])
+            num_large += int(count > last)
+            out[entry] = levels[min(count, last)]
     return num_large

@@ -177,7 +177,7 @@ def _densify_columns(
 ) -> npt.NDArray[np.float32]:
     """Return log1p of the normalised counts of some columns, [``num_cells``, H]."""
     # Other genes go to a column of their own at the end: quicker than to ask for each.
-    column_of_gene = np.full(num_genes, columns.size, dtype=np.int64)
+    column_of_gene = np.full(num_genes, columns.size, dtype=np.uint32)
     column_of_gene[columns] = np.arange(columns.size)
     values_NH = np.zeros((block.num_cells, columns.size + 1), dtype=np.float32)
     first = 0
@@ -194,12 +194,14 @@ def _scatter_columns(
     indptr: npt.NDArray[np.int64],
     genes: npt.NDArray[Any],
     values: npt.NDArray[np.float32],
-    column_of_gene: npt.NDArray[np.int64],
+    column_of_gene: npt.NDArray[np.uint32],
     out: npt.NDArray[np.float32],
 ) -> None:
-    for row in range(indptr.size - 1):
-        for entry in range(indptr[row], indptr[row + 1]):
-            out[row, column_of_gene[genes[entry]]] = values[entry]
+    for number in range(indptr.size - 1):
+        row, span = out[number], slice(indptr[number], indptr[number + 1])
+        row_genes, row_values = genes[span], values[span]
+        for entry in range(row_genes.size):
+            row[column_of_gene[row_genes[entry]]] = row_values[entry]
 
 
 def read_block_record(path: Path) -> dict[str, FileRecord]:

@@ -132,15 +132,17 @@ def _scatter_counts(
 ) -> int:
     """Look up the small counts, and return how many are not."""
     num_large = 0
-    last = table.shape[1] - 1
+    # Unsigned numbers index without a test for negative ones.
+    last = np.uint32(table.shape[1] - 1)
     for number in range(len(places)):
-        row = out[slots[number]]
-        levels = table[number]
+        row, levels = out[slots[number]], table[number]
         row[:] = 0
-        for entry in range(indptr[places[number]], indptr[places[number] + 1]):
-            count = counts[entry]
-            num_large += count > last
-            row[indices[entry]] = levels[min(count, last)]
+        begin, end = indptr[places[number]], indptr[places[number] + 1]
+        row_genes, row_counts = indices[begin:end], counts[begin:end]
+        for entry in range(row_genes.size):
+            count = np.uint32(row_counts[entry])
+            num_large += int(count > last)
+            row[np.uint32(row_genes[entry])] = levels[min(count, last)]
     return num_large
 
 

@@ -25,9 +25,11 @@ from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
 from launcher.cli_options import (
     DEFAULT_WAIT_RESOURCES_S,
     AddressOpt,
+    KeepOpt,
     LocalOpt,
     WaitOpt,
     open_cluster,
+    parse_keep,
 )
 from launcher.cli_simulate import simulate
 from launcher.errors import Interrupted
@@ -140,6 +142,7 @@ def preprocess(
     library_size_col: Annotated[
         str | None, typer.Option(help="obs column with total counts; default: row sums.")
     ] = None,
+    keep: KeepOpt = None,
     layer: Annotated[
         str | None, typer.Option(help="Layer with the raw counts; default: X.")
     ] = None,
@@ -171,6 +174,7 @@ def preprocess(
         cell_type_key=cell_type_key,
         batch_col=batch_col,
         library_size_col=library_size_col,
+        keep=parse_keep(keep),
         n_top_genes=n_hvg,
         hvg_flavor=hvg_flavor,
         hvg_batch_key=hvg_batch_key,

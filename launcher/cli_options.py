@@ -27,6 +27,31 @@ WaitOpt = Annotated[
     ),
 ]
 DEFAULT_WAIT_RESOURCES_S = 600.0
+KeepOpt = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="COLUMN=VALUE", help="Cells of the h5ad to keep; repeatable."),
+]
+
+
+def parse_keep(keep: list[str] | None) -> dict[str, list[str | bool | int]]:
+    """Return column -> allowed values from ``COLUMN=VALUE`` entries.
+
+    Raises
+    ------
+    LaunchError
+        If an entry is not of that form.
+    """
+    from launcher.errors import LaunchError
+
+    allowed: dict[str, list[str | bool | int]] = {}
+    for entry in keep or ():
+        column, equals, value = entry.partition("=")
+        if not (column and equals and value):
+            raise LaunchError(
+                f"--keep {entry!r} is not of the form COLUMN=VALUE, such as --keep assigned=True"
+            )
+        allowed.setdefault(column, []).append(value)
+    return allowed
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_store.schema import GeneChoice
-from launcher.cli_options import AddressOpt, LocalOpt, open_cluster
+from launcher.cli_options import AddressOpt, KeepOpt, LocalOpt, open_cluster, parse_keep
 
 if TYPE_CHECKING:
     from data_store.expression_source import CellQuery
@@ -27,10 +27,6 @@ GenesOpt = Annotated[
     typer.Option(help="Where the gene lists of several files differ; default: same.  [h5ad]"),
 ]
 OutOpt = Annotated[Path, typer.Option(help="Folder for tables and plots.")]
-KeepOpt = Annotated[
-    list[str] | None,
-    typer.Option("--keep", metavar="COLUMN=VALUE", help="Cells of the h5ad to keep; repeatable."),
-]
 
 
 def stats(
@@ -145,19 +141,10 @@ def _build_query(
     """Say which cells to take; None when nothing was asked for."""
     from data_store.expression_source import CellQuery
     from data_store.schema import ObsColumns
-    from launcher.errors import LaunchError
 
     given = (pert_col, control, library_size_col, layer, genes)
     if not keep and all(option is None for option in given):
         return None
-    allowed: dict[str, list[str | bool | int]] = {}
-    for entry in keep or ():
-        column, equals, value = entry.partition("=")
-        if not (column and equals and value):
-            raise LaunchError(
-                f"--keep {entry!r} is not of the form COLUMN=VALUE, such as --keep assigned=True"
-            )
-        allowed.setdefault(column, []).append(value)
     default = ObsColumns()
     columns = ObsColumns(pert_col or default.pert_col, control or default.control_pert)
-    return CellQuery(columns, library_size_col, allowed, layer, genes or "same")
+    return CellQuery(columns, library_size_col, parse_keep(keep), layer, genes or "same")

@@ -29,6 +29,7 @@ from data_store.knockdown import (
     Knockdown,
     KnockdownThresholds,
     judge_knockdown,
+    refuse_input,
     write_kept_cells,
 )
 from data_store.pert_deltas import PertDeltas, compute_deltas
@@ -134,7 +135,14 @@ def write_deltas(
         Of the knock-down filter; None: do not judge.
     kept_cells
         h5ad to write the cells to that pass the filter; None: do not write them.
+
+    Raises
+    ------
+    StoreError
+        If ``kept_cells`` is an input: before anything is written.
     """
+    if kept_cells is not None:
+        refuse_input(expression, kept_cells)
     with stored_by_row(
         expression, files.folder, run_tasks, rows_per_block=rows_per_block
     ) as by_row:

@@ -58,6 +58,13 @@ def test_open_refuses_what_is_not_a_finished_store(store, tmp_path):
         Store.open(path)
 
 
+def test_a_damaged_commit_marker_is_one_error(store, tmp_path):
+    path = copy_store(store, tmp_path)
+    (path / "COMMIT").write_bytes(b"\xca" + (path / "COMMIT").read_bytes()[1:])
+    with pytest.raises(StoreError, match="COMMIT does not match"):
+        Store.open(path)
+
+
 def test_open_refuses_a_changed_manifest_and_a_newer_format(store, tmp_path):
     path = copy_store(store, tmp_path)
     manifest = json.loads((path / "manifest.json").read_text())
