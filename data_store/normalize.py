@@ -122,7 +122,7 @@ def _fill_values(
         out = values[indptr[row] : indptr[row + 1]]
         for entry in range(row_counts.size):
             count = np.uint32(row_counts[entry])
-            num_large += count > last
+            num_large += int(count > last)
             out[entry] = levels[min(count, last)]
     return num_large
 

@@ -141,7 +141,7 @@ def _scatter_counts(
         row_genes, row_counts = indices[begin:end], counts[begin:end]
         for entry in range(row_genes.size):
             count = np.uint32(row_counts[entry])
-            num_large += count > last
+            num_large += int(count > last)
             row[np.uint32(row_genes[entry])] = levels[min(count, last)]
     return num_large
 

@@ -99,7 +99,7 @@ def test_a_result_file_says_where_it_comes_from(tmp_path, comparison):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["preprocess", "mdd"], "unknown benchmark 'mdd': choose from preprocess, mmd"),
+        (["preprocess", "mdd"], "unknown benchmark 'mdd': choose from preprocess, loader, mmd"),
         (["--rounds", "0"], "'0' is not a whole number of at least 1"),
     ],
 )
