@@ -33,8 +33,7 @@ WARM_UP_GENES = 200
 WRITE_NOTES = (
     "ours writes sorted cells, X, a dense X_hvg and checksums (lz4, fsync); scanpy writes X "
     "uncompressed and unsynced, its default",
-    "ours reads the h5ad once, in pieces, into temporary files that it removes; scanpy reads it "
-    "whole",
+    "ours reads the h5ad once, in pieces, into temporary files; scanpy reads it once, whole",
 )
 HVG_NOTES = (
     "ours ends with the gene table, and writes and removes temporary files with the raw counts; "

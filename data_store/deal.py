@@ -31,12 +31,12 @@ from data_store.ingest import (
     CountSource,
     SourceFile,
     check_indices,
-    check_stored_values,
     open_matrix,
     read_count_rows,
     read_rows,
 )
 from data_store.schema import StoreError, TaskRunner
+from data_store.value_checks import check_stored_values
 
 Array = npt.NDArray[Any]
 

@@ -6,14 +6,13 @@ files themselves. Tested by ``pytest tests/unit/data_store/test_ingest.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import h5py
-import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
@@ -23,13 +22,12 @@ from data_store.containers import Array, Group, open_anndata
 from data_store.files import ReadError
 from data_store.hints import nearest, some
 from data_store.schema import InputPath, StoreError
+from data_store.value_checks import check_stored_values
 
 # Two wanted runs of rows closer than this are read as one: skipping a small gap costs a system
 # call, reading through it costs a memory copy.
 MAX_GAP_ELEMENTS = 1 << 14
 MAX_SPAN_ELEMENTS = 1 << 22
-_VALUES_PER_CHECK = 1 << 14
-_LARGEST = float(np.finfo(np.float32).max)
 
 Layout = Literal["csr", "csc", "dense"]
 
@@ -248,85 +246,6 @@ def _rename_columns(
     values = np.where(genes < 0, np.float32(0), counts.data)
     shape = (counts.shape[0], num_genes)
     return sp.csr_matrix((values, np.maximum(genes, 0), counts.indptr), shape=shape)
-
-
-def check_stored_values(
-    values: npt.NDArray[Any],
-    source: SourceFile,
-    locate: Callable[[int], tuple[int, int]],
-    *,
-    whole: bool,
-) -> None:
-    """Check that values are numbers that expression can have.
-
-    Parameters
-    ----------
-    values
-        [n] as they are stored.
-    source
-        Where they come from.
-    locate
-        Gives row and gene of a value, for the message.
-    whole
-        Whether they must be whole numbers, as raw counts are.
-
-    Raises
-    ------
-    StoreError
-        If one is negative, not finite, or not whole though it must be.
-    """
-    where = f"{source.matrix} of {source.name}"
-    kind = values.dtype.kind
-    if kind not in ("b", "i", "u", "f"):
-        raise StoreError(f"{where} holds {values.dtype} values; expression is numbers")
-    if kind in ("b", "u") or (kind == "i" and values.min(initial=0) >= 0):
-        return
-    first = _find_bad(values, whole)
-    if first < 0:
-        return
-    row, gene = locate(first)
-    found = f"{where} holds {values[first]:g} (row {row}, gene {gene})"
-    others = _other_matrices(source)
-    advice = f"choose one of its other matrices (data.layer, --layer): {others}" if others else ""
-    if not whole:
-        raise StoreError(
-            f"{found}, but raw counts and their log1p are finite and >= 0. Is it scaled or "
-            f"corrected? Give a file with raw or log-normalised counts{advice and ', or ' + advice}"
-        )
-    raise StoreError(
-        f"{found}, but raw counts are whole numbers >= 0. Is it already normalised? "
-        f"Give a file with raw counts (data.input){advice and ', or ' + advice}"
-    )
-
-
-def _find_bad(values: npt.NDArray[Any], whole: bool) -> int:  # noqa: FBT001 - as numba calls it
-    # Blocks fit the cache, so that a second look at them costs no memory traffic.
-    for start in range(0, values.size, _VALUES_PER_CHECK):
-        block = values[start : start + _VALUES_PER_CHECK]
-        if block.dtype.kind == "f" and not block.dtype.isnative or block.dtype.itemsize == 2:
-            block = block.astype(np.float32)
-        if _has_bad(block, whole):
-            is_bad = ~((block >= 0) & (block <= _LARGEST))
-            if whole:
-                is_bad |= block != np.floor(block)
-            return start + int(np.argmax(is_bad))
-    return -1
-
-
-@numba.njit(cache=True, nogil=True)
-def _has_bad(values: npt.NDArray[Any], whole: bool) -> bool:  # noqa: FBT001 - compiled
-    bad = 0
-    for value in values:
-        # False for NaN too.
-        bad |= not (value >= 0 and value <= _LARGEST)
-        bad |= whole and value != np.floor(value)
-    return bad != 0
-
-
-def _other_matrices(source: SourceFile) -> str:
-    with open_anndata(source.location) as file:
-        layers = sorted(file["layers"]) if "layers" in file else []
-    return some([name for name in layers if f"layers/{name}" != source.matrix]) if layers else ""
 
 
 def _read_dense_rows(
