@@ -18,7 +18,9 @@ from data_store.deal import DealJob, deal_atlas, estimate_nnz, order_by_key, pla
 from data_store.expression_source import open_expression, stored_by_row
 from data_store.ingest import SourceFile
 from data_store.preprocess import PreprocessSpec, preprocess
+from data_store.preprocess_tasks import plan_store_blocks
 from data_store.schema import ObsColumns, StoreError, run_in_process
+from data_store.shards import plan_layout
 from tests.support.atlas import build_atlas
 
 LAYOUTS = ("csr", "csc", "dense", "zarr", "csr chunks", "dense chunks")
@@ -263,3 +265,26 @@ def test_more_than_2_to_the_31_values_are_planned_without_overflow(tmp_path, mon
         assert max(np.diff(edges)) * per_line <= 1.01 * deal.VALUES_PER_DEAL
         assert estimate_nnz(large, np.arange(cells)) == nnz
         assert sum(stretch.num_cells for stretch in stretches) == pytest.approx(cells, rel=0.01)
+
+
+def test_more_than_2_to_the_31_values_are_cut_into_shards_without_gaps():
+    cells, nnz_per_cell = 1_000_000, 9_000
+    indptr = np.arange(cells + 1, dtype=np.int64) * nnz_per_cell
+    layout = plan_layout(
+        num_cells=cells,
+        num_genes=18_080,
+        num_hvg=2_000,
+        nnz=int(indptr[-1]),
+        rows_per_block=4096,
+        count_dtype="uint16",
+    )
+    assert layout.nnz > 1 << 32
+    assert layout.index_dtype == "int64"
+    blocks = plan_store_blocks(layout, indptr, np.ones(cells, dtype=np.float32))
+    assert sum(block.num_cells for block in blocks) == cells
+    names = [name for block in blocks for name in block.shards(layout)]
+    shards = [name for name in names if name.startswith("X/data/c/")]
+    assert shards == [f"X/data/c/{n}" for n in range(-(-layout.nnz // layout.shard_nnz))]
+    for block in blocks:
+        assert block.first_nnz == indptr[block.start]
+        assert indptr[block.read_stop] >= block.stop_nnz
