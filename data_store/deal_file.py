@@ -85,28 +85,24 @@ class Deals:
         StoreError
             If a deal is gone.
         """
+        # At most one of each deal, and only those that hold some of these rows.
+        parts = list(self._read_pieces(start, stop))
         indptr = np.zeros(stop - start + 1, dtype=np.int64)
-        for pieces in self.read_pieces(start, stop):
+        for pieces in parts:
             indptr[pieces.places - start + 1] += np.diff(pieces.indptr)
         np.cumsum(indptr, out=indptr)
         values = np.empty(indptr[-1], dtype=self.dtype)
         genes = np.empty(indptr[-1], dtype=smallest_gene_dtype(self.num_genes))
         free = indptr[:-1].copy()
-        for pieces in self.read_pieces(start, stop):
+        for pieces in parts:
             found = pieces.values.astype(self.dtype, copy=False)
             _append(pieces.places - start, pieces.indptr, pieces.genes, found, free, genes, values)
         if not self.is_sorted:
             _sort_rows(indptr, genes, values)
         return SparseRows(indptr, genes, values)
 
-    def read_pieces(self, start: int, stop: int) -> Iterator[Pieces]:
-        """Read what each deal has of rows ``start:stop``, without joining it.
-
-        Raises
-        ------
-        StoreError
-            If a deal is gone.
-        """
+    def _read_pieces(self, start: int, stop: int) -> Iterator[Pieces]:
+        """Read what each deal has of rows ``start:stop``, without joining it."""
         for path in self.paths:
             pieces, _ = _map_deal(path)
             first, last = np.searchsorted(pieces.places, [start, stop])

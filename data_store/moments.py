@@ -48,34 +48,23 @@ class GeneMoments:
     def from_csr(values: sp.csr_matrix) -> GeneMoments:
         """Gather the moments of a [N, G] float32 CSR block without duplicates."""
         num_cells, num_genes = values.shape
-        moments = GeneMoments.from_values(values.data, values.indices, num_genes)
-        return moments.of_cells(num_cells)
-
-    @staticmethod
-    def from_values(
-        values: npt.NDArray[np.float32], genes: npt.NDArray[Any], num_genes: int
-    ) -> GeneMoments:
-        """Gather the moments of [nnz] values that are not zero; ``of_cells`` adds the zeros."""
         moments = GeneMoments.zeros(num_genes)
         _accumulate(
-            values,
-            genes,
+            values.data,
+            values.indices,
             moments.nnz_G,
             moments.sum_G,
             moments.sum_sq_G,
             moments.min_G,
             moments.max_G,
         )
-        return moments
-
-    def of_cells(self, num_cells: int) -> GeneMoments:
-        """Return the same as moments of so many cells: a cell without a value has a zero."""
-        has_zero = self.nnz_G < num_cells
+        # A cell without a value has a zero.
+        has_zero = moments.nnz_G < num_cells
         return replace(
-            self,
+            moments,
             num_cells=num_cells,
-            min_G=np.where(has_zero, np.minimum(self.min_G, 0), self.min_G),
-            max_G=np.where(has_zero, np.maximum(self.max_G, 0), self.max_G),
+            min_G=np.where(has_zero, np.minimum(moments.min_G, 0), moments.min_G),
+            max_G=np.where(has_zero, np.maximum(moments.max_G, 0), moments.max_G),
         )
 
     def merge(self, other: GeneMoments) -> GeneMoments:
