@@ -6,7 +6,6 @@ Shape legend: N cells, G genes, P perturbations, D feature width.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from zarr.storage import LocalStore
 
 from data_store.cell_sets import Matching
 from data_store.containers import open_anndata
-from data_store.files import full_disk_is_a_user_error
+from data_store.files import file_made_whole, full_disk_is_a_user_error
 from data_store.hints import nearest, some
 from data_store.normalize import MAX_LOG1P
 from data_store.obs_labels import read_labels
@@ -181,16 +180,10 @@ def write_predictions(
         obs=obs,
         var=pd.DataFrame(index=pd.Index(genes, dtype=object)),
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with full_disk_is_a_user_error(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            table.write_h5ad(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with file_made_whole(path) as temporary:
+        table.write_h5ad(temporary)
 
 
 def _as_smaller_form(values: ExpressionValues) -> ExpressionValues:
