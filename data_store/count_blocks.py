@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from data_store.deal_file import Pieces, join
+
 Result = TypeVar("Result")
 Part = TypeVar("Part")
 
@@ -23,12 +25,23 @@ Part = TypeVar("Part")
 class CountBlock:
     """Some cells."""
 
-    counts: sp.csr_matrix
-    """[n, G] raw counts, unsigned or float32, without duplicates or stored zeros."""
+    pieces: tuple[Pieces, ...]
+    """The cells, or parts of cells: raw counts, without duplicates or stored zeros. ``places`` are
+    rows of the block."""
+    num_genes: int
+    """G."""
     size_factors: npt.NDArray[np.float32]
     """[n] divisors that scale each cell to the same total."""
     batch_codes: npt.NDArray[np.int64]
     """[n] number of each cell's batch."""
+
+    def counts(self) -> sp.csr_matrix:
+        """Return the counts in one matrix, [n, G]; columns of a row in any order."""
+        num_cells = self.size_factors.size
+        dtype = np.result_type(np.uint8, *(piece.values for piece in self.pieces))
+        rows = join(self.pieces, num_cells, self.num_genes, dtype)
+        shape = (num_cells, self.num_genes)
+        return sp.csr_matrix((rows.values, rows.genes, rows.indptr), shape=shape)
 
 
 class MapBlocks(Protocol):

@@ -23,10 +23,12 @@ from data_store.deal_file import (
     DealSummary,
     Pieces,
     copy_all,
+    read_summary,
     smallest_gene_dtype,
-    summarize_deal,
+    summarize,
     write_deal,
 )
+from data_store.deal_plain import take_plain_rows
 from data_store.ingest import (
     CountSource,
     SourceFile,
@@ -41,7 +43,7 @@ from data_store.value_checks import check_stored_values
 Array = npt.NDArray[Any]
 
 # Values in a task's memory: about 24 bytes each while they are sorted.
-VALUES_PER_DEAL = 1 << 22
+VALUES_PER_DEAL = 1 << 23
 # A stretch is planned from the mean row; full rows could make it this many times as large.
 MAX_OVERFULL = 4
 _COUNT_DTYPES = ("uint8", "uint16", "uint32")
@@ -201,16 +203,23 @@ def _read_column_ends(file: SourceFile) -> npt.NDArray[np.int64]:
 def deal(stretch: Stretch, job: DealJob) -> DealSummary:
     """Deal one stretch, unless it has been done, and say what its cells hold."""
     path = job.path(stretch.index)
-    if not path.is_file():
-        is_csc = job.source.files[stretch.file].layout == "csc"
-        write_deal(path, *(_take_columns if is_csc else _take_rows)(stretch, job))
-    return summarize_deal(path)
+    if path.is_file():
+        return read_summary(path)
+    is_csc = job.source.files[stretch.file].layout == "csc"
+    pieces, sums = (_take_columns if is_csc else _take_rows)(stretch, job)
+    write_deal(path, pieces, sums)
+    return summarize(pieces, sums)
 
 
 def _take_rows(stretch: Stretch, job: DealJob) -> tuple[Pieces, npt.NDArray[np.float64]]:
     first = int(job.source.bounds[stretch.file])
     place = job.place[first + stretch.start : first + stretch.stop]
     wanted = np.flatnonzero(place >= 0)
+    if job.is_count:
+        file = job.source.files[stretch.file]
+        taken = take_plain_rows(file, wanted + stretch.start, place[wanted])
+        if taken is not None:
+            return taken
     read = read_count_rows if job.is_count else read_rows
     matrix = read(job.source, wanted + first + stretch.start)
     values = _shrink_values(matrix.data, job, stretch)

@@ -8,7 +8,7 @@ Shape legend: n rows, m pieces of a deal.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,34 +86,59 @@ class Deals:
             If a deal is gone.
         """
         # At most one of each deal, and only those that hold some of these rows.
-        parts = list(self._read_pieces(start, stop))
-        indptr = np.zeros(stop - start + 1, dtype=np.int64)
-        for pieces in parts:
-            indptr[pieces.places - start + 1] += np.diff(pieces.indptr)
-        np.cumsum(indptr, out=indptr)
-        values = np.empty(indptr[-1], dtype=self.dtype)
-        genes = np.empty(indptr[-1], dtype=smallest_gene_dtype(self.num_genes))
-        free = indptr[:-1].copy()
-        for pieces in parts:
-            found = pieces.values.astype(self.dtype, copy=False)
-            _append(pieces.places - start, pieces.indptr, pieces.genes, found, free, genes, values)
+        rows = join(tuple(self.read_pieces(start, stop)), stop - start, self.num_genes, self.dtype)
         if not self.is_sorted:
-            _sort_rows(indptr, genes, values)
-        return SparseRows(indptr, genes, values)
+            _sort_rows(*rows)
+        return rows
 
-    def _read_pieces(self, start: int, stop: int) -> Iterator[Pieces]:
-        """Read what each deal has of rows ``start:stop``, without joining it."""
+    def read_pieces(self, start: int, stop: int) -> Iterator[Pieces]:
+        """Read what each deal has of rows ``start:stop``, as it lies in the file.
+
+        ``places`` count from ``start``.
+
+        Raises
+        ------
+        StoreError
+            If a deal is gone.
+        """
         for path in self.paths:
             pieces, _ = _map_deal(path)
             first, last = np.searchsorted(pieces.places, [start, stop])
             if first < last:
                 span = slice(pieces.indptr[first], pieces.indptr[last])
                 yield Pieces(
-                    pieces.places[first:last],
+                    pieces.places[first:last] - start,
                     pieces.indptr[first : last + 1] - span.start,
                     pieces.genes[span],
                     pieces.values[span],
                 )
+
+
+def join(
+    parts: Sequence[Pieces], num_rows: int, num_genes: int, dtype: npt.DTypeLike
+) -> SparseRows:
+    """Put the pieces of each row one after the other, in the order of the parts.
+
+    Parameters
+    ----------
+    parts
+        Pieces of rows, whose ``places`` are below ``num_rows``.
+    num_rows, num_genes
+        n and G.
+    dtype
+        Type of the result's values.
+    """
+    indptr = np.zeros(num_rows + 1, dtype=np.int64)
+    for pieces in parts:
+        indptr[pieces.places + 1] += np.diff(pieces.indptr)
+    np.cumsum(indptr, out=indptr)
+    values = np.empty(indptr[-1], dtype=dtype)
+    genes = np.empty(indptr[-1], dtype=smallest_gene_dtype(num_genes))
+    free = indptr[:-1].copy()
+    for pieces in parts:
+        found = pieces.values.astype(dtype, copy=False)
+        _append(pieces.places, pieces.indptr, pieces.genes, found, free, genes, values)
+    return SparseRows(indptr, genes, values)
 
 
 def smallest_gene_dtype(num_genes: int) -> np.dtype[Any]:
@@ -138,12 +163,16 @@ def write_deal(path: Path, pieces: Pieces, sums: npt.NDArray[np.float64]) -> Non
             file.write(bytes(-array.nbytes % _ALIGNMENT))
 
 
-def summarize_deal(path: Path) -> DealSummary:
+def summarize(pieces: Pieces, sums: npt.NDArray[np.float64]) -> DealSummary:
+    """Say what the cells of a deal hold, given the sums of its pieces."""
+    return DealSummary(pieces.places, np.diff(pieces.indptr), sums, pieces.values.dtype.name)
+
+
+def read_summary(path: Path) -> DealSummary:
     """Read what a deal says of its cells, without their values."""
     pieces, sums = _map_deal(path)
-    return DealSummary(
-        np.array(pieces.places), np.diff(pieces.indptr), np.array(sums), pieces.values.dtype.name
-    )
+    # Copies: the others would keep the whole file in memory.
+    return summarize(pieces._replace(places=np.array(pieces.places)), np.array(sums))
 
 
 def _map_deal(path: Path) -> tuple[Pieces, npt.NDArray[np.float64]]:

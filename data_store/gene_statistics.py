@@ -24,7 +24,7 @@ from data_store.expression_source import (
     tell_scale,
 )
 from data_store.hints import some
-from data_store.moments import GeneMoments
+from data_store.moments import GeneExtremes, GeneMoments
 from data_store.schema import TaskRunner
 from data_store.store import Store
 
@@ -33,9 +33,10 @@ _MAX_VALUES_SHOWN = 5
 
 @dataclass(frozen=True)
 class BlockMoments:
-    """Moments of a block, and whether it could be raw counts."""
+    """Moments and extremes of a block, and whether it could be raw counts."""
 
     moments: GeneMoments
+    extremes: GeneExtremes
     is_whole: bool
 
 
@@ -85,18 +86,20 @@ def compute_gene_statistics(
     """
     blocks = cut_rows(expression.rows, rows_per_block)
     gather = partial(_gather, reader=expression.reader)
-    moments, is_whole = GeneMoments.zeros(len(expression.var)), True
+    num_genes, is_whole = len(expression.var), True
+    moments, extremes = GeneMoments.zeros(num_genes), GeneExtremes.none(num_genes)
     for part in run_tasks(gather, blocks, what="statistics", unit="cells"):
         moments = moments.merge(part.moments)
+        extremes = extremes.merge(part.extremes)
         is_whole = is_whole and part.is_whole
-    largest = float(moments.max_G.max())
+    largest = float(extremes.max_G.max())
     is_store = isinstance(expression.reader, Store)
     table = pd.DataFrame(
         {
             "gene": expression.genes,
             "mean": moments.mean(),
-            "max": moments.max_G,
-            "min": moments.min_G,
+            "max": extremes.max_G,
+            "min": extremes.min_G,
             "nonzero_fraction": moments.nnz_G / moments.num_cells,
         }
     )
@@ -130,7 +133,9 @@ def describe(expression: Expression, statistics: GeneStatistics) -> str:
 
 def _gather(block: RowBlock, reader: Reader) -> BlockMoments:
     values = read_block(block, reader)
-    return BlockMoments(GeneMoments.from_csr(values), has_whole_values(values))
+    return BlockMoments(
+        GeneMoments.from_csr(values), GeneExtremes.from_csr(values), has_whole_values(values)
+    )
 
 
 def _describe_table(name: str, table: pd.DataFrame) -> Iterator[str]:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy.sparse as sp
 from scipy.stats import norm
 
-from data_store.count_blocks import CountBlock, sum_by_batch
+from data_store.count_blocks import CountBlock
 from data_store.moments import GeneMoments
-from data_store.normalize import look_up_log1p, look_up_normalized
+from data_store.normalize import LEVELS, NUM_LEVELS, return_from_log1p
 from data_store.schema import StoreError
 
 DispersionFlavor: TypeAlias = Literal["seurat", "cell_ranger"]
@@ -38,11 +38,75 @@ def gather_normalized(block: CountBlock, flavor: DispersionFlavor) -> dict[int, 
     For ``seurat`` the values pass through log1p and back, as they do in scanpy, so that the
     rounding is the same.
     """
-    counts = block.counts
-    look_up = look_up_normalized if flavor == "seurat" else look_up_log1p
-    data = look_up(counts.data, counts.indptr, block.size_factors)
-    values = sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
-    return sum_by_batch(values, block.batch_codes, lambda rows, _: GeneMoments.from_csr(rows))
+    transform = return_from_log1p if flavor == "seurat" else np.log1p
+    codes, batch_N, sizes = np.unique(block.batch_codes, return_inverse=True, return_counts=True)
+    nnz_KG = np.zeros((codes.size, block.num_genes), dtype=np.int64)
+    sum_KG, sum_sq_KG = np.zeros(nnz_KG.shape), np.zeros(nnz_KG.shape)
+    for piece in block.pieces:
+        factors, batches = block.size_factors[piece.places], batch_N[piece.places]
+        if piece.values.size < NUM_LEVELS * factors.size:
+            rest = np.arange(piece.values.size)
+        else:
+            table = transform(LEVELS / factors[:, None])
+            num_large = _add_small(
+                piece.indptr, piece.genes, piece.values, table, batches, nnz_KG, sum_KG, sum_sq_KG
+            )
+            rest = np.flatnonzero(piece.values >= NUM_LEVELS) if num_large else np.arange(0)
+        rows = np.searchsorted(piece.indptr, rest, side="right") - 1
+        values = transform(piece.values[rest].astype(np.float32) / factors[rows])
+        _add(values, piece.genes[rest], batches[rows], nnz_KG, sum_KG, sum_sq_KG)
+    return {
+        code: GeneMoments(size, nnz_KG[k], sum_KG[k], sum_sq_KG[k])
+        for k, (code, size) in enumerate(zip(codes.tolist(), sizes.tolist(), strict=True))
+    }
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_small(
+    indptr: npt.NDArray[np.int64],
+    genes: npt.NDArray[Any],
+    counts: npt.NDArray[Any],
+    table: npt.NDArray[np.float32],
+    batches: npt.NDArray[np.int64],
+    nnz_KG: npt.NDArray[np.int64],
+    sum_KG: npt.NDArray[np.float64],
+    sum_sq_KG: npt.NDArray[np.float64],
+) -> int:
+    """Add up the values of the counts that are in the table, and return how many are not."""
+    num_large = 0
+    last = np.uint32(table.shape[1] - 1)
+    for row in range(indptr.size - 1):
+        levels, batch = table[row], batches[row]
+        nnz_G, sum_G, sum_sq_G = nnz_KG[batch], sum_KG[batch], sum_sq_KG[batch]
+        row_genes = genes[indptr[row] : indptr[row + 1]]
+        row_counts = counts[indptr[row] : indptr[row + 1]]
+        for entry in range(row_genes.size):
+            # Unsigned numbers index without a test for negative ones.
+            count, gene = np.uint32(row_counts[entry]), np.uint32(row_genes[entry])
+            if count > last:
+                num_large += 1
+            else:
+                value = levels[count]
+                nnz_G[gene] += 1
+                sum_G[gene] += value
+                sum_sq_G[gene] += value * value
+    return num_large
+
+
+@numba.njit(cache=True, nogil=True)
+def _add(
+    values: npt.NDArray[np.float32],
+    genes: npt.NDArray[Any],
+    batches: npt.NDArray[np.int64],
+    nnz_KG: npt.NDArray[np.int64],
+    sum_KG: npt.NDArray[np.float64],
+    sum_sq_KG: npt.NDArray[np.float64],
+) -> None:
+    for entry in range(values.size):
+        batch, gene, value = batches[entry], np.uint32(genes[entry]), values[entry]
+        nnz_KG[batch, gene] += 1
+        sum_KG[batch, gene] += value
+        sum_sq_KG[batch, gene] += value * value
 
 
 def rank_by_dispersion(

@@ -77,7 +77,7 @@ def refuse_missing_loess() -> None:
 
 def gather_raw(block: CountBlock) -> dict[int, GeneMoments]:
     """Gather the moments of the raw counts of each batch in a block."""
-    counts = block.counts.astype(np.float32)
+    counts = block.counts().astype(np.float32)
     return sum_by_batch(counts, block.batch_codes, lambda rows, _: GeneMoments.from_csr(rows))
 
 
@@ -86,7 +86,7 @@ def gather_clipped(
 ) -> dict[int, ClippedSums]:
     """Sum the counts of each batch in a block, clipped at ``limits[batch]`` (float64 [G])."""
     return sum_by_batch(
-        block.counts, block.batch_codes, lambda rows, code: _sum_clipped(rows, limits[code])
+        block.counts(), block.batch_codes, lambda rows, code: _sum_clipped(rows, limits[code])
     )
 
 

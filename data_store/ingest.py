@@ -254,24 +254,20 @@ def _read_dense_rows(
     bounds = np.arange(source.num_cells + 1) * source.num_genes
     parts = [
         sp.csr_matrix(np.asarray(matrix[first : last + 1])[rows[lo:hi] - first])
-        for lo, hi, first, last in _spans(rows, bounds, MAX_GAP_ELEMENTS)
+        for lo, hi, first, last in spans(rows, bounds, MAX_GAP_ELEMENTS)
     ]
     return sp.vstack(parts, format="csr")
 
 
 def _read_csr_rows(group: Any, source: SourceFile, rows: npt.NDArray[np.int64]) -> sp.csr_matrix:
-    first_row, last_row = int(rows[0]), int(rows[-1])
-    # Only the stretch that is needed: the whole indptr of 100 million cells is 800 MB.
-    bounds = np.asarray(group["indptr"][first_row : last_row + 2]).astype(np.int64)
-    if (np.diff(bounds) < 0).any() or not 0 <= bounds[0] <= bounds[-1] <= source.nnz:
-        raise StoreError(_damaged_indptr(source))
-    local = rows - first_row
+    bounds = read_bounds(group, source, rows)
+    local = rows - rows[0]
     indptr = np.zeros(rows.size + 1, dtype=np.int64)
     np.cumsum(bounds[local + 1] - bounds[local], out=indptr[1:])
     data = np.empty(indptr[-1], dtype=group["data"].dtype)
     indices = np.empty(indptr[-1], dtype=np.int32)
     stored = group["data"]
-    for lo, hi, first, last in _spans(local, bounds, _widest_gap(stored)):
+    for lo, hi, first, last in spans(local, bounds, widest_gap(stored)):
         span = slice(int(bounds[first]), int(bounds[last + 1]))
         target = slice(indptr[lo], indptr[hi])
         is_whole = span.stop - span.start == target.stop - target.start
@@ -288,22 +284,36 @@ def _read_csr_rows(group: Any, source: SourceFile, rows: npt.NDArray[np.int64]) 
     return sp.csr_matrix((data, indices, indptr), shape=(rows.size, source.num_genes))
 
 
+def read_bounds(
+    group: Any, source: SourceFile, rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Read where rows begin: ``indptr`` of a CSR matrix, from the first to the last of the rows.
+
+    Raises
+    ------
+    StoreError
+        If it does not fit the values.
+    """
+    # Only the stretch that is needed: the whole indptr of 100 million cells is 800 MB.
+    bounds = np.asarray(group["indptr"][int(rows[0]) : int(rows[-1]) + 2]).astype(np.int64)
+    if (np.diff(bounds) < 0).any() or not 0 <= bounds[0] <= bounds[-1] <= source.nnz:
+        raise StoreError(_damaged_indptr(source))
+    return bounds
+
+
 def _can_read_direct(group: Any) -> bool:
     """Tell whether HDF5 can write into our arrays, which saves a copy."""
     # Of wider indices it would make the largest int32, and the message would name that.
     return isinstance(group["data"], h5py.Dataset) and group["indices"].dtype == np.int32
 
 
-def _widest_gap(data: Array) -> int:
+def widest_gap(data: Array) -> int:
     """Return how many unwanted values to read through: for zarr, those of the same chunk.
 
     HDF5 keeps decoded chunks; zarr decodes one anew for every read that touches it.
     """
-    return (
-        max(MAX_GAP_ELEMENTS, data.chunks[0])
-        if isinstance(data, zarr.Array)
-        else (MAX_GAP_ELEMENTS)
-    )
+    chunk = data.chunks[0] if isinstance(data, zarr.Array) else 0
+    return max(MAX_GAP_ELEMENTS, chunk)
 
 
 def check_indices(
@@ -351,18 +361,34 @@ def _check_ends(group: Any, source: SourceFile) -> None:
         raise StoreError(_damaged_indptr(source))
 
 
-def _spans(
-    rows: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], max_gap: int
+def spans(
+    rows: npt.NDArray[np.int64],
+    bounds: npt.NDArray[np.int64],
+    max_gap: int,
+    max_span: int = MAX_SPAN_ELEMENTS,
 ) -> Iterator[tuple[int, int, int, int]]:
     """Group ascending rows into spans to read at once.
 
-    Yields (lo, hi, first, last): ``rows[lo:hi]`` lie within file rows ``first..last``.
+    Parameters
+    ----------
+    rows
+        [n] rows, counted from the first of ``bounds``.
+    bounds
+        Where each row of the file begins, and the end.
+    max_gap
+        Unwanted elements to read through.
+    max_span
+        Elements of a span, unless one row has more.
+
+    Yields
+    ------
+    (lo, hi, first, last): ``rows[lo:hi]`` lie within file rows ``first..last``.
     """
     starts, stops = bounds[rows], bounds[rows + 1]
     is_far = starts[1:] - stops[:-1] > max_gap
     lo = 0
     for hi in range(1, rows.size + 1):
         is_end = hi == rows.size
-        if is_end or is_far[hi - 1] or stops[hi] - starts[lo] > MAX_SPAN_ELEMENTS:
+        if is_end or is_far[hi - 1] or stops[hi] - starts[lo] > max_span:
             yield lo, hi, int(rows[lo]), int(rows[hi - 1])
             lo = hi

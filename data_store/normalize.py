@@ -6,7 +6,6 @@ ratio to the target, and the division of each count. Shape legend: N cells, G ge
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -18,7 +17,7 @@ import scipy.sparse as sp
 MAX_LOG1P = 15
 NUM_LEVELS = 256
 """Counts below this are looked up in a table of the cell's values: few others occur."""
-_LEVELS = np.arange(NUM_LEVELS, dtype=np.float32)
+LEVELS = np.arange(NUM_LEVELS, dtype=np.float32)
 
 
 def compute_library_size(counts: sp.csr_matrix) -> npt.NDArray[np.float64]:
@@ -54,7 +53,7 @@ def tabulate_log1p(size_factors: npt.NDArray[np.float32]) -> npt.NDArray[np.floa
 
     Counts repeat, so that looking them up is much cheaper than a logarithm for each.
     """
-    table: npt.NDArray[np.float32] = np.log1p(_LEVELS / size_factors[:, None])
+    table: npt.NDArray[np.float32] = np.log1p(LEVELS / size_factors[:, None])
     return table
 
 
@@ -74,34 +73,22 @@ def look_up_log1p(
     size_factors
         [N] divisors.
     """
-    return _look_up(counts, indptr, size_factors, np.log1p)
-
-
-def look_up_normalized(
-    counts: npt.NDArray[Any],
-    indptr: npt.NDArray[np.int64],
-    size_factors: npt.NDArray[np.float32],
-) -> npt.NDArray[np.float32]:
-    """Return normalised counts as ``look_up_log1p``, brought back from log1p with its rounding."""
-    return _look_up(counts, indptr, size_factors, lambda values: np.expm1(np.log1p(values)))
-
-
-def _look_up(
-    counts: npt.NDArray[Any],
-    indptr: npt.NDArray[np.int64],
-    size_factors: npt.NDArray[np.float32],
-    compute: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
-) -> npt.NDArray[np.float32]:
     if counts.size < NUM_LEVELS * size_factors.size:
         normalized: npt.NDArray[np.float32] = counts.astype(np.float32)
         normalized /= np.repeat(size_factors, np.diff(indptr))
-        return compute(normalized)
-    table = compute(_LEVELS / size_factors[:, None])
+        return np.log1p(normalized)
+    table = tabulate_log1p(size_factors)
     values = np.empty(counts.size, dtype=np.float32)
     if _fill_values(counts, indptr, table, values):
         large = np.flatnonzero(counts >= NUM_LEVELS)
         rows = np.searchsorted(indptr, large, side="right") - 1
-        values[large] = compute(counts[large].astype(np.float32) / size_factors[rows])
+        values[large] = np.log1p(counts[large].astype(np.float32) / size_factors[rows])
+    return values
+
+
+def return_from_log1p(normalized: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Take log1p of normalised counts and bring them back, with the rounding of both."""
+    values: npt.NDArray[np.float32] = np.expm1(np.log1p(normalized))
     return values
 
 

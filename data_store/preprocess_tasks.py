@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 
 from data_store.count_blocks import CountBlock
 from data_store.deal_file import Deals, SparseRows
@@ -48,10 +47,8 @@ class CellBlock:
 
 def work_on_counts(block: CellBlock, deals: Deals, work: Callable[[CountBlock], Result]) -> Result:
     """Read the raw counts of a block and do some work on them."""
-    rows = deals.read(block.start, block.start + block.num_cells)
-    shape = (block.num_cells, deals.num_genes)
-    counts = sp.csr_matrix((rows.values, rows.genes, rows.indptr), shape=shape)
-    return work(CountBlock(counts, block.size_factors, block.batch_codes))
+    pieces = tuple(deals.read_pieces(block.start, block.start + block.num_cells))
+    return work(CountBlock(pieces, deals.num_genes, block.size_factors, block.batch_codes))
 
 
 def _cut_rows(

@@ -5,6 +5,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from data_store.count_blocks import CountBlock
+from data_store.deal_file import Pieces
 from data_store.genes import select_genes
 from data_store.normalize import compute_library_size, compute_size_factors, compute_target_sum
 
@@ -18,10 +19,20 @@ def blocks_of(counts, batch_codes=None, cuts=()) -> list[CountBlock]:
         batch_codes = np.zeros(counts.shape[0], dtype=np.int64)
     ends = [0, *sorted(cuts), counts.shape[0]]
     return [
-        CountBlock(counts[lo:hi], factors[lo:hi], batch_codes[lo:hi])
+        CountBlock(_pieces_of(counts[lo:hi]), counts.shape[1], factors[lo:hi], batch_codes[lo:hi])
         for lo, hi in zip(ends[:-1], ends[1:], strict=True)
         if hi > lo
     ]
+
+
+def _pieces_of(counts) -> tuple[Pieces, ...]:
+    """Give even and odd rows as a piece each: rows of a block may lie in several."""
+    parts = [np.arange(start, counts.shape[0], 2) for start in (0, 1)]
+    matrices = [counts[rows] for rows in parts if rows.size]
+    return tuple(
+        Pieces(rows, matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
+        for rows, matrix in zip(parts, matrices, strict=False)
+    )
 
 
 def select(counts, flavor, n_top_genes, *, batch=None, genes=None, cuts=()) -> pd.DataFrame:

@@ -126,7 +126,7 @@ def test_the_store_is_the_same_for_any_layout(inputs, tmp_path, layout):
 def test_no_task_holds_more_than_planned(inputs, tmp_path, monkeypatch, layout):
     monkeypatch.setattr(deal, "VALUES_PER_DEAL", 500)
     dealt = deal_atlas(make_job(inputs[1][layout], tmp_path), run_in_process, rows_per_block=1000)
-    sizes = [deal.summarize_deal(path).nnz.sum() for path in dealt.deals.paths]
+    sizes = [deal.read_summary(path).nnz.sum() for path in dealt.deals.paths]
     assert max(sizes) <= deal.MAX_OVERFULL * 500
     assert sum(sizes) == dealt.nnz.sum()
 

@@ -52,7 +52,6 @@ def test_moments_of_batches_equal_numpy_on_any_cut(case):
         assert np.array_equal(moments.sum_G, rows.sum(axis=0, dtype=np.float64))
         squares = (rows * rows).astype(np.float64)
         assert np.array_equal(moments.sum_sq_G, squares.sum(axis=0))
-        assert np.array_equal(moments.max_G, rows.max(axis=0))
 
 
 @settings(deadline=None)
@@ -80,7 +79,7 @@ def test_merging_raw_moments_is_exact_in_any_order(case, random):
     random.shuffle(parts)
     shuffled = merge_batches(parts)
     for code, moments in expected.items():
-        for field in ("num_cells", "nnz_G", "sum_G", "sum_sq_G", "min_G", "max_G"):
+        for field in ("num_cells", "nnz_G", "sum_G", "sum_sq_G"):
             assert np.array_equal(getattr(moments, field), getattr(shuffled[code], field))
 
 
@@ -104,7 +103,7 @@ def test_a_tree_merges_like_sizes_and_holds_few_parts():
 def test_sums_of_no_cells_change_nothing():
     moments = GeneMoments.from_csr(sp.csr_matrix(np.array([[1, 0, 3]], dtype=np.float32)))
     merged = GeneMoments.zeros(3).merge(moments)
-    assert np.array_equal(merged.min_G, moments.min_G)
+    assert (merged.num_cells, merged.sum_G.tolist()) == (1, [1, 0, 3])
     nothing = ClippedSums(np.zeros(2, dtype=np.int64), np.zeros(2), np.zeros(2))
     some = ClippedSums(np.array([1, 2]), np.array([3.0, 4.0]), np.array([5.0, 6.0]))
     assert np.array_equal(nothing.merge(some).sum_sq_G, some.sum_sq_G)

@@ -16,7 +16,7 @@ COLUMNS = ObsColumns(cell_type_key="cell_type", batch_col="batch")
 
 
 def make_spec(source: Path, out: Path) -> PreprocessSpec:
-    return PreprocessSpec(source, out, COLUMNS, None, {}, 40, 100)
+    return PreprocessSpec(source, out, COLUMNS, None, {}, 40, 20)
 
 
 def run_and_tell(source: Path, out: Path, started) -> None:
