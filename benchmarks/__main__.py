@@ -88,7 +88,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"{', '.join(BENCHMARKS)}; none: all but {', '.join(ASKED_FOR)}",
     )
     parser.add_argument("--cells", type=_positive, default=10_000, help="cells to preprocess")
-    parser.add_argument("--genes", type=_positive, default=4_000, help="genes to preprocess")
+    parser.add_argument("--genes", type=_positive, default=18_080, help="genes to preprocess")
     parser.add_argument("--rounds", type=_positive, default=3, help="measured rounds a comparison")
     atlas = parser.add_argument_group("atlas")
     atlas.add_argument(

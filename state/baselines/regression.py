@@ -46,19 +46,30 @@ def choose_by_cross_validation(
 ) -> Choice:
     """Return the choice with the least squared error on left-out perturbations.
 
-    At most five folds, the same for all choices; of equal choices the first wins.
+    At most five folds, the same for all choices; of equal choices the first wins. A perturbation
+    that occurs in several contexts (several rows with the same features) is left out of all.
     """
-    if len(choices) == 1:
+    group_P = number_alike(features_PD)
+    num_groups = int(group_P.max()) + 1
+    if len(choices) == 1 or num_groups == 1:
         return choices[0]
-    folds = KFold(min(_MOST_FOLDS, len(features_PD)), shuffle=True, random_state=_SEED)
+    folds = KFold(min(_MOST_FOLDS, num_groups), shuffle=True, random_state=_SEED)
     errors = np.zeros(len(choices))
-    for kept, left_out in folds.split(features_PD):
+    for _, left_out_groups in folds.split(np.arange(num_groups)):
+        left_out = np.isin(group_P, left_out_groups)
+        kept = ~left_out
         for index, choice in enumerate(choices):
             model = build(choice)
             model.fit(features_PD[kept], changes_PG[kept])
             missed = model.predict(features_PD[left_out]) - changes_PG[left_out]
             errors[index] += float(np.square(missed).sum())
     return choices[int(np.argmin(errors))]
+
+
+def number_alike(features_PD: FloatArray) -> npt.NDArray[np.int64]:
+    """Give rows with the same features the same number, in the order of their first rows; [P]."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in features_PD])
 
 
 class FeatureBaseline(ABC):

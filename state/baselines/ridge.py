@@ -11,7 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import RidgeCV
 
-from state.baselines.regression import FeatureBaseline
+from state.baselines.regression import (
+    ChangeModel,
+    FeatureBaseline,
+    choose_by_cross_validation,
+    number_alike,
+)
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -50,7 +55,8 @@ class RidgeBaseline(FeatureBaseline):
     """Predict the change of the mean linearly from features with ``RidgeChanges``.
 
     The intercept, which is not penalised, is the mean change over the train and validation
-    perturbations. Leave-one-perturbation-out cross-validation on them chooses the penalty.
+    perturbations. Leave-one-perturbation-out cross-validation on them chooses the penalty; in
+    five folds where a perturbation occurs in several contexts.
 
     Parameters
     ----------
@@ -64,9 +70,14 @@ class RidgeBaseline(FeatureBaseline):
         super().__init__()
         self._alphas = tuple(alphas)
 
-    def _choose(self, features_PD: FloatArray, changes_PG: FloatArray) -> RidgeChanges:
-        del features_PD, changes_PG
-        return RidgeChanges(self._alphas)
+    def _choose(self, features_PD: FloatArray, changes_PG: FloatArray) -> ChangeModel:
+        if number_alike(features_PD).max() + 1 == len(features_PD):
+            return RidgeChanges(self._alphas)
+        # Leaving out one of several contexts of a perturbation would leave its answer in.
+        alpha = choose_by_cross_validation(
+            lambda alpha: RidgeChanges((alpha,)), self._alphas, features_PD, changes_PG
+        )
+        return RidgeChanges((alpha,))
 
     @property
     def alpha(self) -> float:

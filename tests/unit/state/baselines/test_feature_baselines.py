@@ -9,6 +9,7 @@ from state.baselines.nearest import NearestBaseline, NearestChanges
 from state.baselines.perturbation_mean import PerturbationMeanBaseline
 from state.baselines.random_forest import ForestChanges, RandomForestBaseline
 from state.baselines.regression import choose_by_cross_validation
+from state.baselines.ridge import RidgeBaseline
 from state.metrics.errors import EvaluationError
 from tests.unit.state.baselines.support import control_cells, profiles
 
@@ -105,3 +106,23 @@ def test_the_forest_in_its_own_subspace_grows_the_trees_of_all_genes():
         features, changes
     )
     np.testing.assert_allclose(model.predict(new), plain.predict(new), atol=1e-9)
+
+
+def repeated_noise():
+    """Perturbations in two contexts with the same change each, which says nothing of others."""
+    draw = np.random.default_rng(0)
+    features, changes = draw.normal(size=(30, 50)), draw.normal(size=(30, 20))
+    return np.tile(features, (2, 1)), np.tile(changes, (2, 1))
+
+
+def test_no_context_of_a_perturbation_gives_away_another():
+    features, changes = repeated_noise()
+    assert choose_by_cross_validation(NearestChanges, (1, 30), features, changes) == 30
+    ridge = RidgeBaseline((1e-3, 1e6))
+    ridge.fit(profiles(changes[:40], features[:40]), profiles(changes[40:], features[40:]))
+    assert ridge.alpha == 1e6
+
+
+def test_one_perturbation_in_two_contexts_leaves_the_first_choice():
+    features = np.ones((2, 3))
+    assert choose_by_cross_validation(NearestChanges, (3, 1), features, np.eye(2)) == 3
