@@ -7,7 +7,6 @@ the challenge's order, float32 CSR, and one ``obs`` column, ``target_gene``.
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from data_store.files import full_disk_is_a_user_error
+from data_store.files import file_made_whole, full_disk_is_a_user_error
 from data_store.schema import ObsColumns, StoreError
 from data_store.tables import read_cell_table
 
@@ -85,7 +84,6 @@ def _pack(cells: ad.AnnData, out: Path) -> int:
             "statewide prep needs the package zstandard: pip install zstandard"
         ) from error
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         plain, packed = Path(name) / "pred.h5ad", Path(name) / "pred.h5ad.zst"
         cells.write_h5ad(plain)
@@ -93,18 +91,11 @@ def _pack(cells: ad.AnnData, out: Path) -> int:
             size = plain.stat().st_size
             zstandard.ZstdCompressor(level=_LEVEL).copy_stream(source, target, size=size)
         plain.unlink()
-        try:
-            with temporary.open("wb") as handle:
-                with tarfile.open(fileobj=handle, mode="w") as archive:
-                    info = tarfile.TarInfo("watermark.txt")
-                    info.size = len(WATERMARK)
-                    archive.addfile(info, io.BytesIO(WATERMARK))
-                    archive.add(packed, arcname="pred.h5ad.zst")
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with file_made_whole(out) as temporary, tarfile.open(temporary, mode="w") as archive:
+            info = tarfile.TarInfo("watermark.txt")
+            info.size = len(WATERMARK)
+            archive.addfile(info, io.BytesIO(WATERMARK))
+            archive.add(packed, arcname="pred.h5ad.zst")
     return out.stat().st_size
 
 

@@ -91,7 +91,10 @@ def _draw_figures(
 ) -> dict[str, Path]:
     leaderboard = pd.read_csv(folder.evaluation / "leaderboard.csv")
     tables = {
-        model: pd.read_csv(folder.evaluation / f"{model}_per_perturbation.csv")
+        # A perturbation may be called "NA" or "nan".
+        model: pd.read_csv(
+            folder.evaluation / f"{model}_per_perturbation.csv", converters={"perturbation": str}
+        )
         for model in leaderboard["model"]
     }
     tables = {model: _mean_over_seeds(table) for model, table in tables.items()}
