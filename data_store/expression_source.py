@@ -336,7 +336,7 @@ def _find_size_factors(
     library_size = row_sum
     if column is not None:
         library_size = read_library_sizes(expression.obs, column, path)
-        check_library_sizes(library_size, row_sum, column, expression.obs.index)
+        check_library_sizes(library_size, row_sum, column, expression.obs.index, expression.path)
     target_sum = compute_target_sum(library_size)
     if target_sum <= 0:
         raise StoreError(

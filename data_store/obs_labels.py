@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_store.hints import nearest, some
-from data_store.schema import ObsColumns, StoreError
+from data_store.schema import InputPath, ObsColumns, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +64,15 @@ def read_labels(obs: pd.DataFrame, column: str, key: str, path: Path) -> Labels:
             f"{nearest(column, map(str, obs.columns))} Columns: {some(map(str, obs.columns), 20)}"
         )
     values = pd.Categorical(obs[column])
-    num_missing = int((values.codes < 0).sum())
+    texts = [_as_text(category) for category in values.categories]
+    # The last place is for cells without a value, whose code is -1.
+    is_blank = np.array([not text.strip() for text in texts] + [True])
+    num_missing = int(is_blank[values.codes].sum())
     if num_missing:
         raise StoreError(
             f"{num_missing} of {len(obs)} cells have no value in obs column {column!r} ({key}) of "
             f"{path}; fill them in or leave those cells out (data.keep)"
         )
-    texts = [_as_text(category) for category in values.categories]
     used = np.unique(values.codes)
     names = tuple(sorted({texts[code] for code in used}))
     position = {name: index for index, name in enumerate(names)}
@@ -189,6 +191,7 @@ def check_library_sizes(
     row_sum: npt.NDArray[np.float64],
     column: str,
     names: pd.Index,
+    path: InputPath,
 ) -> None:
     """Hold library sizes from ``obs`` against the counts: [N] each, and the [N] cell names.
 
@@ -201,8 +204,9 @@ def check_library_sizes(
     if is_bad.any():
         first = int(np.argmax(is_bad))
         raise StoreError(
-            f"obs column {column!r} (data.library_size_col) is 0 for cell {names[first]!r}, which "
-            f"has {row_sum[first]:g} counts"
+            f"obs column {column!r} (data.library_size_col) of {path} is 0 for cell "
+            f"{names[first]!r}, which has {row_sum[first]:g} counts; leave such cells out "
+            "(data.keep), or name no column, so that each cell's own counts are summed"
         )
     num_short = int((given < row_sum).sum())
     if num_short:

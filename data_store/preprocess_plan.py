@@ -157,6 +157,12 @@ def read_cells(spec: PreprocessSpec, source: CountSource) -> Cells:
         obs[column] = obs[column].cat.remove_unused_categories()
     path = Path(spec.input)
     labels = read_cell_labels(obs, spec.columns, path)
+    if not obs.index.is_unique:
+        logger.warning(
+            "%d cells of %s share a name with another: 'source_row' in obs tells them apart",
+            int(obs.index.duplicated(keep=False).sum()),
+            path,
+        )
     order = np.lexsort((rows, labels.batch.codes, labels.pert.codes, labels.context.codes))
     rows, obs = rows[order], obs.iloc[order]
     given = None
@@ -314,5 +320,7 @@ def _choose_library_size(
     given = cells.given_library_size
     if given is None or spec.library_size_col is None:
         return dealt.library_size
-    check_library_sizes(given, dealt.library_size, spec.library_size_col, cells.obs.index)
+    check_library_sizes(
+        given, dealt.library_size, spec.library_size_col, cells.obs.index, spec.input
+    )
     return given

@@ -484,8 +484,27 @@ def test_empty_cells_and_constant_genes_are_kept(tmp_path):
 def test_a_given_library_size_of_zero_with_counts_is_refused(tmp_path):
     source = write_changed(tmp_path, lambda atlas: atlas.obs.insert(0, "depth", 0.0))
     spec = make_spec(source, tmp_path / "store", columns=ObsColumns(), library_size_col="depth")
-    with pytest.raises(StoreError, match=r"'depth' \(data.library_size_col\) is 0 for cell"):
+    with pytest.raises(StoreError, match=r"\(data.library_size_col\) of .* is 0 .*\(data.keep\)"):
         preprocess(spec)
+
+
+def blank_a_label(atlas):
+    atlas.obs["batch"] = np.where(np.arange(atlas.n_obs) == 3, " ", atlas.obs["batch"].astype(str))
+
+
+def test_a_blank_label_is_a_missing_one(tmp_path):
+    spec = make_spec(write_changed(tmp_path, blank_a_label), tmp_path / "store")
+    with pytest.raises(StoreError, match=r"1 of \d+ cells have no value in obs column 'batch'"):
+        preprocess(spec)
+
+
+def test_cells_that_share_a_name_are_told_apart_by_their_row(tmp_path, caplog):
+    def share(atlas):
+        atlas.obs_names = ["same", "same", *atlas.obs_names[2:]]
+
+    store = preprocess(make_spec(write_changed(tmp_path, share), tmp_path / "store"))
+    assert "2 cells of" in caplog.text
+    assert sorted(store.source_row.tolist()) == list(range(store.num_cells))
 
 
 @pytest.mark.parametrize("field", ["n_top_genes", "rows_per_block"])
