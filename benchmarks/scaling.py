@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import queue
 import tempfile
 import time
 import tomllib
@@ -118,12 +119,28 @@ def measure(world_size: int) -> WorkerTimes:
         for worker in workers:
             worker.start()
         try:
-            times: WorkerTimes = results.get(timeout=DEADLINE_S)
+            times = _await_answer(results, workers)
         finally:
             for worker in workers:
                 worker.join(timeout=30)
                 worker.kill()
     return times
+
+
+def _await_answer(results: Any, workers: list[Any]) -> WorkerTimes:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        try:
+            answer: WorkerTimes = results.get(timeout=1)
+        except queue.Empty:
+            failed = [worker.exitcode for worker in workers if worker.exitcode]
+            if failed:
+                raise BenchmarkError(
+                    f"a worker of {len(workers)} ended with status {failed[0]}; its words are above"
+                ) from None
+        else:
+            return answer
+    raise BenchmarkError(f"{len(workers)} workers gave no answer within {DEADLINE_S} s")
 
 
 def work(rank: int, world_size: int, meeting_place: str, results: Any) -> None:

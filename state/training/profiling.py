@@ -58,8 +58,13 @@ class StepProfiler:
             self._stop()
 
     def before_step(self, step: int) -> None:
-        """Begin to profile if this step is the first one asked for."""
-        if self._folder is None or self._steps is None or step != self._steps[0]:
+        """Begin to profile if this step is among those asked for.
+
+        After a resume among them, it is the first of the rest.
+        """
+        if self._folder is None or self._steps is None or self._profile is not None:
+            return
+        if not self._steps[0] <= step <= self._steps[1]:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._on_gpu:

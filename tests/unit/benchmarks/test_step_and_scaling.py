@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks import scaling
 from benchmarks.errors import BenchmarkError
 from benchmarks.scaling import WorkerTimes, describe, ring_seconds
 from benchmarks.step import check_losses
@@ -44,3 +45,13 @@ def test_nothing_is_predicted_from_a_model_that_did_not_foresee_two_workers():
     assert sum(line.startswith("PREDICTED") for line in lines) == 5
     with pytest.raises(BenchmarkError, match="nothing is predicted"):
         describe([{1: worker(2.0), 2: worker(4.0)}])
+
+
+def die(rank, world_size, meeting_place, results):
+    raise SystemExit(3)
+
+
+def test_a_worker_that_dies_ends_the_benchmark(monkeypatch):
+    monkeypatch.setattr(scaling, "work", die)
+    with pytest.raises(BenchmarkError, match="ended with status 3"):
+        scaling.measure(2)
