@@ -6,15 +6,19 @@ Shape legend: N rows of a block, G genes, S slots of the output.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
 from data_store.normalize import NUM_LEVELS, tabulate_log1p
+from data_store.schema import CellCounts
 
 Array = npt.NDArray[Any]
+Allocate: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+"""Gives an uninitialised array of a shape and type, as ``np.empty`` does."""
 _LARGEST_UINT16 = np.iinfo(np.uint16).max
 
 
@@ -41,6 +45,15 @@ class DenseRows(NamedTuple):
     def allocate(cls, num_rows: int, num_genes: int) -> DenseRows:
         """Return a block to be filled."""
         return cls(np.empty((num_rows, num_genes), dtype=np.float32))
+
+    @property
+    def bulk(self) -> tuple[Array, ...]:
+        """The arrays that grow with the data."""
+        return (self.values,)
+
+    def with_bulk(self, bulk: Sequence[Array]) -> DenseRows:
+        """Return a block with these arrays as its bulk."""
+        return DenseRows(*bulk)
 
     def copy_rows(
         self, places: npt.NDArray[np.int64], out_SG: npt.NDArray[np.float32], slots: Array
@@ -73,15 +86,45 @@ class CountRows(NamedTuple):
         num_genes: int,
         count_dtype: str,
         size_factors: npt.NDArray[np.float32],
+        allocate: Allocate = np.empty,
     ) -> CountRows:
         """Return a block to be filled, with the smallest type for genes."""
         indptr = np.concatenate([[0], np.cumsum(row_nnz)]).astype(np.int64)
-        indices = np.empty(indptr[-1], dtype=_index_dtype(num_genes))
-        return cls(indptr, indices, np.empty(indptr[-1], dtype=count_dtype), size_factors)
+        shape = (int(indptr[-1]),)
+        indices = allocate(shape, _index_dtype(num_genes))
+        return cls(indptr, indices, allocate(shape, np.dtype(count_dtype)), size_factors)
 
-    def fill_from(self, first: int, block: CountRows, places: npt.NDArray[np.int64]) -> None:
-        """Copy rows of another block to the rows from ``first`` on, which have their sizes."""
-        self.copy_from(block, places, np.arange(first, first + len(places)))
+    def spread(self, has_cell_BS: npt.NDArray[np.bool_], num_genes: int) -> CellCounts:
+        """Put the rows into the slots that hold a cell, one after the other."""
+        nnz_BS = np.zeros(has_cell_BS.shape, dtype=np.int64)
+        nnz_BS[has_cell_BS] = np.diff(self.indptr)
+        log1p_BSL = np.zeros((*has_cell_BS.shape, NUM_LEVELS), dtype=np.float32)
+        log1p_BSL[has_cell_BS] = tabulate_log1p(self.size_factors)
+        large = np.empty(0, dtype=np.int64)
+        if np.iinfo(self.counts.dtype).max >= NUM_LEVELS:
+            large = np.flatnonzero(self.counts >= NUM_LEVELS)
+        row_M = np.searchsorted(self.indptr, large, side="right") - 1
+        value_M = np.log1p(self.counts[large].astype(np.float32) / self.size_factors[row_M])
+        slot_M = np.flatnonzero(has_cell_BS)[row_M]
+        return CellCounts(
+            counts_K=self.counts,
+            genes_K=self.indices,
+            nnz_BS=nnz_BS,
+            log1p_BSL=log1p_BSL,
+            large_place_M=slot_M * num_genes + self.indices[large],
+            large_value_M=value_M,
+            num_genes=num_genes,
+        )
+
+    @property
+    def bulk(self) -> tuple[Array, ...]:
+        """The arrays that grow with the data."""
+        return self.indices, self.counts
+
+    def with_bulk(self, bulk: Sequence[Array]) -> CountRows:
+        """Return the same block with these arrays as its bulk."""
+        indices, counts = bulk
+        return self._replace(indices=indices, counts=counts)
 
     def copy_from(self, block: CountRows, places: npt.NDArray[np.int64], slots: Array) -> None:
         """Copy row ``places[i]`` of another block to row ``slots[i]``, which has its size."""
