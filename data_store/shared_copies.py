@@ -6,8 +6,8 @@ the copy's lock: the first one finds no file, writes one under a temporary name 
 the others wait for the lock, find the file and map it. Everyone who maps a file holds a shared
 ``flock`` on it, which the kernel drops when the process ends, however it ends. The last one to
 let go removes the file. Where nobody could (SIGKILL), the file stays behind, unlocked: the next
-process that wants this copy takes it over as it is, and the next one that wants any other removes
-it. So what is left after a kill is one copy at most until then, whatever the number of runs.
+process that wants this copy takes it over as it is, the next one that wants any other removes it,
+and so does the driver of a run at its end. What kills leave never adds up.
 Tests: ``pytest tests/unit/data_store/test_shared_copies.py``.
 """
 
@@ -20,6 +20,7 @@ import logging
 import mmap
 import os
 import stat
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,8 @@ _GIB = 1 << 30
 _ALIGNMENT = 64
 # NCCL and Ray keep buffers in the same memory, and fail without.
 _LEFT_FREE_BYTES = 256 << 20
+_RELEASE_TRIES = 20
+_RELEASE_PAUSE_S = 0.02
 
 
 class SharedCopies:
@@ -87,20 +90,12 @@ class SharedCopies:
         try:
             self._make_folder()
             with _locked(self._folder / f"{name}.lock"):
-                self._remove_orphans()
+                self.remove_orphans()
                 path = self._folder / f"{name}.copy"
                 if not path.exists():
                     self._write(path, size, like, fill)
                 return _map(path, like)
         except OSError as error:
-            if error.errno not in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EACCES,
-                errno.EROFS,
-                errno.ENOENT,
-            ):
-                raise
             logger.warning(
                 "%.2f GiB of expression are not shared by the workers of this node (%s): each "
                 "holds its own copy. In a container, give it more shared memory: docker run "
@@ -136,10 +131,10 @@ class SharedCopies:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _remove_orphans(self) -> None:
+    def remove_orphans(self) -> None:
         """Remove the copies that nobody maps and nobody is about to map."""
         for lock in self._folder.glob("*.lock"):
-            with suppress(BlockingIOError), _locked(lock, is_waiting=False):
+            with suppress(OSError), _locked(lock, is_waiting=False):
                 _remove_unused(lock)
 
 
@@ -149,10 +144,16 @@ def _locked(path: Path, *, is_waiting: bool = True) -> Iterator[None]:
     while True:
         with path.open("ab") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                    yield
-                    return
+            if _is_at(handle.fileno(), path):
+                yield
+                return
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _remove_unused(lock: Path) -> None:
@@ -182,11 +183,17 @@ def _let_go(pid: int, handle: int, path: Path) -> None:
     # A forked child has the parent's lock, not one of its own.
     if os.getpid() != pid:
         return
+    # Not only closed: mmap has a duplicate of the handle, and with it the lock.
+    fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
     lock = path.with_suffix(".lock")
-    # Whoever holds the lock now attaches, or removes the copy.
-    with suppress(OSError), _locked(lock, is_waiting=False):
-        _remove_unused(lock)
+    # Others that let go at the same moment have the lock for microseconds. This process itself
+    # may have it for long, when garbage is collected while it makes the same copy again.
+    for _ in range(_RELEASE_TRIES):
+        with suppress(BlockingIOError), _locked(lock, is_waiting=False):
+            _remove_unused(lock)
+            return
+        time.sleep(_RELEASE_PAUSE_S)
 
 
 def _layout(like: Sequence[Array]) -> list[int]:
