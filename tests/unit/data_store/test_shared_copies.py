@@ -51,7 +51,7 @@ def attach_and_tell(folder, results, may_end):
 
 
 def mapped_kb(folder):
-    """Return the shared and the private KiB of this process's map of the copy, of its pages read."""
+    """Return the shared and the private KiB of the pages of the copy that this process read."""
     smaps = Path("/proc/self/smaps").read_text()
     part = smaps[smaps.index(str(folder)) :]
     wanted = ("Shared_Clean", "Shared_Dirty", "Private_Clean", "Private_Dirty")
@@ -59,20 +59,23 @@ def mapped_kb(folder):
     return kb["Shared_Clean"] + kb["Shared_Dirty"], kb["Private_Clean"] + kb["Private_Dirty"]
 
 
-def start(target, *args):
-    process = mp.get_context("fork").Process(target=target, args=args)
+def start(context, target, *args):
+    process = context.Process(target=target, args=args)
     process.start()
     return process
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def context():
-    return mp.get_context("fork")
+    """Processes that inherit nothing of this one, forked from a server that has imported."""
+    chosen = mp.get_context("forkserver")
+    chosen.set_forkserver_preload([__name__])
+    return chosen
 
 
 def test_processes_share_the_same_memory_and_the_last_one_removes_it(tmp_path, context):
     results, may_end = context.Queue(), context.Event()
-    children = [start(attach_and_tell, tmp_path, results, may_end) for _ in range(3)]
+    children = [start(context, attach_and_tell, tmp_path, results, may_end) for _ in range(3)]
     answers = [results.get(timeout=30) for _ in children]
     made, totals, inodes, _, _ = zip(*answers, strict=True)
     assert sorted(made) == [False, False, True]
@@ -115,7 +118,7 @@ def test_a_copy_held_twice_in_a_process_stays_until_both_let_go(tmp_path):
 
 def test_a_forked_child_that_ends_leaves_its_parents_copy_alone(tmp_path):
     arrays = share(tmp_path)
-    child = start(gc.collect)
+    child = start(mp.get_context("fork"), gc.collect)
     child.join(30)
     assert files(tmp_path) == [".copy", ".lock"]
     # Still locked: nobody takes it for an orphan.
@@ -144,7 +147,7 @@ def fill_until_killed(folder, ready):
 @pytest.mark.parametrize("wanted", [b"atlas", b"another"])
 def test_what_a_killed_process_leaves_is_used_or_removed(tmp_path, context, target, wanted):
     ready = context.Event()
-    child = start(target, tmp_path, ready)
+    child = start(context, target, tmp_path, ready)
     assert ready.wait(30)
     os.kill(child.pid, signal.SIGKILL)
     child.join(30)
@@ -160,7 +163,7 @@ def test_what_a_killed_process_leaves_is_used_or_removed(tmp_path, context, targ
 
 def test_the_driver_removes_what_killed_workers_left(tmp_path, context):
     ready = context.Event()
-    child = start(hold_until_killed, tmp_path, ready)
+    child = start(context, hold_until_killed, tmp_path, ready)
     assert ready.wait(30)
     SharedCopies(tmp_path).remove_orphans()
     assert files(tmp_path) == [".copy", ".lock"]
@@ -172,7 +175,7 @@ def test_the_driver_removes_what_killed_workers_left(tmp_path, context):
 
 def test_whoever_waits_for_a_killed_maker_makes_the_copy(tmp_path, context):
     ready = context.Event()
-    child = start(fill_until_killed, tmp_path, ready)
+    child = start(context, fill_until_killed, tmp_path, ready)
     assert ready.wait(30)
     killer = threading.Timer(0.3, os.kill, (child.pid, signal.SIGKILL))
     killer.start()
