@@ -7,9 +7,7 @@ side, or no ratio is given. Shape legend: B cell sets, S cells in a set, G genes
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,11 +26,20 @@ from benchmarks.loader_peers import (
     prepare_cell_load,
     prepare_scdataset,
 )
+from benchmarks.loader_sets import (
+    GENES,
+    NUM_READS,
+    PERTURBATIONS,
+    prepare_backed_sets,
+    prepare_count_sets,
+    prepare_floor,
+    prepare_sets,
+    sum_batch,
+    sum_rows,
+)
 from benchmarks.settings import Settings
 
-GENES = 18_080
 CONTROLS = 2_000
-PERTURBATIONS = 16
 BATCHES = 16
 ROWS_PER_BATCH = 2 * SETS_PER_BATCH * SET_LEN
 # Gives 21 % non-zeros, as a deep droplet experiment has.
@@ -82,7 +89,7 @@ def run(settings: Settings) -> list[Comparison]:
                     check_same_values,
                     SET_NOTES,
                 ),
-                BATCHES * SETS_PER_BATCH * SET_LEN,
+                NUM_READS * SET_LEN,
             ),
             _with_rates(
                 compare(
@@ -214,105 +221,6 @@ def check_rows_are_known(results: Mapping[str, Arrays]) -> None:
             )
 
 
-def prepare_sets(folder: str) -> Task:
-    """Time reading sets with ``StoreRows`` that holds nothing."""
-    from data_store.row_reader import StoreRows
-    from data_store.store import Store
-
-    store = Store.open(Path(folder) / "store")
-    reader = StoreRows(store, "all", np.empty(0, dtype=np.int64), dense=False)
-    out_SG = np.empty((SET_LEN, GENES), dtype=np.float32)
-
-    def read(start: int) -> Any:
-        reader.take(np.arange(start, start + SET_LEN), out_SG)
-        return out_SG
-
-    return _over_sets(read, _sum_rows)
-
-
-def prepare_count_sets(folder: str) -> Task:
-    """Time reading the same sets as counts."""
-    from data_store.array_pool import ArrayPool
-    from data_store.row_reader import StoreRows
-    from data_store.store import Store
-
-    store, pool = Store.open(Path(folder) / "store"), ArrayPool()
-    reader = StoreRows(store, "all", np.empty(0, dtype=np.int64), dense=False)
-
-    def read(start: int) -> Any:
-        return reader.take_counts(np.arange(start, start + SET_LEN)[None], pool)
-
-    return _over_sets(read, lambda counts: _sum_rows(counts)[0])
-
-
-def prepare_backed_sets(folder: str) -> Task:
-    """Time slicing a backed AnnData whose cells are sorted as the store's are."""
-    import anndata as ad
-
-    matrix = ad.read_h5ad(Path(folder) / "sorted" / "cells.h5ad", backed="r").X
-    return _over_sets(lambda start: matrix[start : start + SET_LEN].toarray(), _sum_rows)
-
-
-def prepare_floor(folder: str) -> Task:
-    """Time ``pread`` and blosc on the bytes of each set, written by hand for this store.
-
-    The counts are log-normalised only after the clock has stopped, to compare them.
-    """
-    import zarr
-    from numcodecs import blosc
-
-    from data_store.normalize import look_up_log1p
-
-    root = Path(folder) / "store" / "X"
-    indptr = np.asarray(zarr.open_array(root / "indptr", mode="r")[:])
-    size_factor = np.asarray(zarr.open_array(root.parent / "obs/size_factor", mode="r")[:])
-    arrays = []
-    for name in ("data", "indices"):
-        meta = json.loads((root / name / "zarr.json").read_text())
-        shard_nnz = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
-        chunk_nnz = meta["codecs"][0]["configuration"]["chunk_shape"][0]
-        dtype = np.dtype(meta["data_type"])
-        places: list[tuple[int, int, int]] = []
-        for shard in range(-(-int(meta["shape"][0]) // shard_nnz)):
-            handle = os.open(root / name / "c" / str(shard), os.O_RDONLY)
-            tail = os.fstat(handle).st_size - 4 - 16 * (shard_nnz // chunk_nnz)
-            index = np.frombuffer(os.pread(handle, 16 * (shard_nnz // chunk_nnz), tail), "<u8")
-            places += [(handle, int(at), int(size)) for at, size in index.reshape(-1, 2)]
-        arrays.append((places, chunk_nnz, np.empty(1 << 24, dtype=dtype)))
-
-    def read(start: int) -> Any:
-        first, last = int(indptr[start]), int(indptr[start + SET_LEN])
-        decoded = []
-        for places, chunk_nnz, out in arrays:
-            begin = first // chunk_nnz
-            for slot, (handle, at, size) in enumerate(places[begin : -(-last // chunk_nnz)]):
-                chunk = out[slot * chunk_nnz : (slot + 1) * chunk_nnz]
-                blosc.decompress(os.pread(handle, size, at), chunk)
-            decoded.append(out[first - begin * chunk_nnz : last - begin * chunk_nnz])
-        return decoded[0], indptr[start : start + SET_LEN + 1] - first, start
-
-    def sum_rows(result: Any) -> Any:
-        counts, bounds, start = result
-        factors = size_factor[start : start + SET_LEN]
-        values = look_up_log1p(counts, bounds.astype(np.int64), factors)
-        return np.add.reduceat(values.astype(np.float64), bounds[:-1])
-
-    return _over_sets(read, sum_rows)
-
-
-def _over_sets(read: Callable[[int], Any], sum_rows: Callable[[Any], Any]) -> Task:
-    order = np.random.default_rng(1).permutation(PERTURBATIONS).tolist()
-
-    # Cells are sorted by the names of their perturbations; "P..." comes before "non-targeting".
-    def run_all() -> Any:
-        for number in range(BATCHES * SETS_PER_BATCH):
-            result = read(order[number % PERTURBATIONS] * SET_LEN)
-        return result
-
-    run_all()
-    return Task(run_all, lambda result: {"row_sums": sum_rows(result)})
-
-
 def prepare_loader(folder: str, held: str, form: str) -> Task:
     """Time ``CellSetLoader`` with what is named held in memory."""
     batches = _start_loader(folder, held, form)
@@ -324,7 +232,7 @@ def prepare_loader(folder: str, held: str, form: str) -> Task:
             last = batch
         return last
 
-    return Task(run_all, lambda last: {"row_sums": _sum_batch(last)})
+    return Task(run_all, lambda last: {"row_sums": sum_batch(last)})
 
 
 def _start_loader(folder: str, held: str, form: str = "dense") -> Iterator[Any]:
@@ -355,7 +263,7 @@ def prepare_one_batch(folder: str) -> Task:
 
     def collect(batch: Any) -> Arrays:
         known = store.read_csr(0, store.num_cells).sum(axis=1, dtype=np.float64)
-        return {"row_sums": _sum_batch(batch), "known_sums": np.asarray(known).ravel()}
+        return {"row_sums": sum_batch(batch), "known_sums": np.asarray(known).ravel()}
 
     return Task(lambda: next(batches), collect)
 
@@ -384,7 +292,7 @@ def prepare_backed_batches(folder: str) -> Task:
         return batch
 
     fill()
-    return Task(fill, lambda last: {"row_sums": _sum_rows(last)})
+    return Task(fill, lambda last: {"row_sums": sum_rows(last)})
 
 
 def _build_sets(store: Any) -> Any:
@@ -399,19 +307,3 @@ def _build_sets(store: Any) -> Any:
         matching="context",
         seed=0,
     )
-
-
-def _sum_batch(batch: Any) -> Any:
-    return np.stack([_sum_rows(values) for values in (batch.target_BSG, batch.control_BSG)])
-
-
-def _sum_rows(values: Any) -> Any:
-    from data_store.schema import CellCounts
-
-    if isinstance(values, CellCounts):
-        import torch
-
-        from state.batch_tensors import densify
-
-        values = densify(values, torch.device("cpu"))
-    return np.asarray(values).sum(axis=-1, dtype=np.float64)
