@@ -37,6 +37,7 @@ ONE_THREAD = {
         "OPENBLAS_NUM_THREADS",
         "NUMBA_NUM_THREADS",
         "NUMEXPR_NUM_THREADS",
+        "BLOSC_NTHREADS",
     )
 }
 RATIOS = {

@@ -7,9 +7,7 @@ side, or no ratio is given. Shape legend: B cell sets, S cells in a set, G genes
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,11 +26,20 @@ from benchmarks.loader_peers import (
     prepare_cell_load,
     prepare_scdataset,
 )
+from benchmarks.loader_sets import (
+    GENES,
+    NUM_READS,
+    PERTURBATIONS,
+    prepare_backed_sets,
+    prepare_count_sets,
+    prepare_floor,
+    prepare_sets,
+    sum_batch,
+    sum_rows,
+)
 from benchmarks.settings import Settings
 
-GENES = 18_080
 CONTROLS = 2_000
-PERTURBATIONS = 16
 BATCHES = 16
 ROWS_PER_BATCH = 2 * SETS_PER_BATCH * SET_LEN
 # Gives 21 % non-zeros, as a deep droplet experiment has.
@@ -40,12 +47,16 @@ LOG_MEAN, LOG_SD = -2.2, 1.9
 
 SET_NOTES = (
     "each side reads the same 32 sets of 500 neighbouring cells, in random order, page cache warm",
-    "the floor decodes the bytes of X and stops: it makes no dense rows; ours and anndata do",
+    "'as counts' gives rows as they go to a GPU, with the tables to make them dense there; 'dense' "
+    "and anndata make dense rows, which writes 72 kB a row",
+    "the floor preads the same chunks from open files and decodes them into the same memory again "
+    "and again: no checksums, no row made, sparse or dense; ours verify every chunk's checksum",
 )
 BATCH_NOTES = (
     "each side fills the same batches of 2 sets: 500 perturbed and 500 control cells a set, dense",
     "'streamed' holds the controls in memory (sparse) and reads the perturbed cells for each set; "
     "'nothing held' reads both, and the controls lie scattered over 2,000 rows",
+    "'counts' are what a GPU gets, to make the same batches dense itself",
 )
 PEER_NOTES = (
     "each call takes one batch of a training epoch: 2 sets of 500 perturbed and 500 control cells, "
@@ -61,15 +72,16 @@ def run(settings: Settings) -> list[Comparison]:
         build_store(folder)
         arguments = {"folder": name}
 
-        def batches(side: str, held: str) -> Side:
-            return Side(side, prepare_loader, {**arguments, "held": held})
+        def batches(side: str, held: str, form: str = "dense") -> Side:
+            return Side(side, prepare_loader, {**arguments, "held": held, "form": form})
 
         comparisons = [
             _with_rates(
                 compare(
-                    f"sets of {SET_LEN} x {GENES}, read and densified",
+                    f"sets of {SET_LEN} x {GENES}",
                     [
-                        Side("ours", prepare_sets, arguments),
+                        Side("ours, as counts", prepare_count_sets, arguments),
+                        Side("ours, dense", prepare_sets, arguments),
                         Side("floor: pread + decode", prepare_floor, arguments),
                         Side("anndata backed", prepare_backed_sets, arguments),
                     ],
@@ -77,7 +89,7 @@ def run(settings: Settings) -> list[Comparison]:
                     check_same_values,
                     SET_NOTES,
                 ),
-                BATCHES * SETS_PER_BATCH * SET_LEN,
+                NUM_READS * SET_LEN,
             ),
             _with_rates(
                 compare(
@@ -87,6 +99,8 @@ def run(settings: Settings) -> list[Comparison]:
                         batches("ours, nothing held", "nothing"),
                         batches("ours, resident sparse", "sparse"),
                         batches("ours, resident dense", "dense"),
+                        batches("ours, streamed, counts", "controls", "counts"),
+                        batches("ours, resident, counts", "sparse", "counts"),
                         Side("anndata backed", prepare_backed_batches, arguments),
                     ],
                     settings.rounds,
@@ -207,93 +221,9 @@ def check_rows_are_known(results: Mapping[str, Arrays]) -> None:
             )
 
 
-def prepare_sets(folder: str) -> Task:
-    """Time reading sets with ``StoreRows`` that holds nothing."""
-    from data_store.row_reader import StoreRows
-    from data_store.store import Store
-
-    store = Store.open(Path(folder) / "store")
-    reader = StoreRows(store, "all", np.empty(0, dtype=np.int64), dense=False)
-    out_SG = np.empty((SET_LEN, GENES), dtype=np.float32)
-
-    def read(start: int) -> Any:
-        reader.take(np.arange(start, start + SET_LEN), out_SG)
-        return out_SG
-
-    return _over_sets(read, _sum_rows)
-
-
-def prepare_backed_sets(folder: str) -> Task:
-    """Time slicing a backed AnnData whose cells are sorted as the store's are."""
-    import anndata as ad
-
-    matrix = ad.read_h5ad(Path(folder) / "sorted" / "cells.h5ad", backed="r").X
-    return _over_sets(lambda start: matrix[start : start + SET_LEN].toarray(), _sum_rows)
-
-
-def prepare_floor(folder: str) -> Task:
-    """Time ``pread`` and blosc on the bytes of each set, written by hand for this store.
-
-    The counts are log-normalised only after the clock has stopped, to compare them.
-    """
-    import zarr
-    from numcodecs import blosc
-
-    from data_store.normalize import look_up_log1p
-
-    root = Path(folder) / "store" / "X"
-    indptr = np.asarray(zarr.open_array(root / "indptr", mode="r")[:])
-    size_factor = np.asarray(zarr.open_array(root.parent / "obs/size_factor", mode="r")[:])
-    arrays = []
-    for name in ("data", "indices"):
-        meta = json.loads((root / name / "zarr.json").read_text())
-        shard_nnz = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
-        chunk_nnz = meta["codecs"][0]["configuration"]["chunk_shape"][0]
-        dtype = np.dtype(meta["data_type"])
-        places: list[tuple[int, int, int]] = []
-        for shard in range(-(-int(meta["shape"][0]) // shard_nnz)):
-            handle = os.open(root / name / "c" / str(shard), os.O_RDONLY)
-            tail = os.fstat(handle).st_size - 4 - 16 * (shard_nnz // chunk_nnz)
-            index = np.frombuffer(os.pread(handle, 16 * (shard_nnz // chunk_nnz), tail), "<u8")
-            places += [(handle, int(at), int(size)) for at, size in index.reshape(-1, 2)]
-        arrays.append((places, chunk_nnz, np.empty(1 << 24, dtype=dtype)))
-
-    def read(start: int) -> Any:
-        first, last = int(indptr[start]), int(indptr[start + SET_LEN])
-        decoded = []
-        for places, chunk_nnz, out in arrays:
-            begin = first // chunk_nnz
-            for slot, (handle, at, size) in enumerate(places[begin : -(-last // chunk_nnz)]):
-                chunk = out[slot * chunk_nnz : (slot + 1) * chunk_nnz]
-                blosc.decompress(os.pread(handle, size, at), chunk)
-            decoded.append(out[first - begin * chunk_nnz : last - begin * chunk_nnz])
-        return decoded[0], indptr[start : start + SET_LEN + 1] - first, start
-
-    def sum_rows(result: Any) -> Any:
-        counts, bounds, start = result
-        factors = size_factor[start : start + SET_LEN]
-        values = look_up_log1p(counts, bounds.astype(np.int64), factors)
-        return np.add.reduceat(values.astype(np.float64), bounds[:-1])
-
-    return _over_sets(read, sum_rows)
-
-
-def _over_sets(read: Callable[[int], Any], sum_rows: Callable[[Any], Any]) -> Task:
-    order = np.random.default_rng(1).permutation(PERTURBATIONS).tolist()
-
-    # Cells are sorted by the names of their perturbations; "P..." comes before "non-targeting".
-    def run_all() -> Any:
-        for number in range(BATCHES * SETS_PER_BATCH):
-            result = read(order[number % PERTURBATIONS] * SET_LEN)
-        return result
-
-    run_all()
-    return Task(run_all, lambda result: {"row_sums": sum_rows(result)})
-
-
-def prepare_loader(folder: str, held: str) -> Task:
+def prepare_loader(folder: str, held: str, form: str) -> Task:
     """Time ``CellSetLoader`` with what is named held in memory."""
-    batches = _start_loader(folder, held)
+    batches = _start_loader(folder, held, form)
     for _ in islice(batches, BATCHES):
         pass
 
@@ -302,10 +232,10 @@ def prepare_loader(folder: str, held: str) -> Task:
             last = batch
         return last
 
-    return Task(run_all, lambda last: {"row_sums": _sum_rows([last.target_BSG, last.control_BSG])})
+    return Task(run_all, lambda last: {"row_sums": sum_batch(last)})
 
 
-def _start_loader(folder: str, held: str) -> Iterator[Any]:
+def _start_loader(folder: str, held: str, form: str = "dense") -> Iterator[Any]:
     from data_store.loader import CellSetLoader
     from data_store.row_reader import StoreRows
     from data_store.sampler import SetSampler
@@ -319,7 +249,7 @@ def _start_loader(folder: str, held: str) -> Iterator[Any]:
     }.get(held, np.arange(store.num_cells))
     reader = StoreRows(store, "all", held_rows, dense=held == "dense")
     sampler = SetSampler(sets.sets_per_epoch, 0, SETS_PER_BATCH)
-    return iter(CellSetLoader(sets, sampler, reader))
+    return iter(CellSetLoader(sets, sampler, reader, as_counts=form == "counts"))
 
 
 def prepare_one_batch(folder: str) -> Task:
@@ -333,8 +263,7 @@ def prepare_one_batch(folder: str) -> Task:
 
     def collect(batch: Any) -> Arrays:
         known = store.read_csr(0, store.num_cells).sum(axis=1, dtype=np.float64)
-        rows = _sum_rows([batch.target_BSG, batch.control_BSG])
-        return {"row_sums": rows, "known_sums": np.asarray(known).ravel()}
+        return {"row_sums": sum_batch(batch), "known_sums": np.asarray(known).ravel()}
 
     return Task(lambda: next(batches), collect)
 
@@ -363,7 +292,7 @@ def prepare_backed_batches(folder: str) -> Task:
         return batch
 
     fill()
-    return Task(fill, lambda last: {"row_sums": _sum_rows(last)})
+    return Task(fill, lambda last: {"row_sums": sum_rows(last)})
 
 
 def _build_sets(store: Any) -> Any:
@@ -378,7 +307,3 @@ def _build_sets(store: Any) -> Any:
         matching="context",
         seed=0,
     )
-
-
-def _sum_rows(values: Any) -> Any:
-    return np.asarray(values).sum(axis=-1, dtype=np.float64)

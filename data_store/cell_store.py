@@ -11,7 +11,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from data_store.row_blocks import CountRows, RowBlock
+from data_store.row_blocks import Allocate, CountRows, RowBlock
 from data_store.schema import OutputSpace
 from data_store.shard_reader import ReadBuffer
 
@@ -24,6 +24,11 @@ class CellStore(Protocol):
     @property
     def path(self) -> Path:
         """Where the store lies, for messages."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Equal for stores of equal content."""
         ...
 
     @property
@@ -74,7 +79,7 @@ class CellStore(Protocol):
         """Bytes that each row takes in memory, in the form ``read_block`` gives it."""
         ...
 
-    def allocate_counts(self, rows: Rows) -> CountRows:
+    def allocate_counts(self, rows: Rows, allocate: Allocate = np.empty) -> CountRows:
         """Return a block for rows of the space ``all``, to be filled from ``read_block``."""
         ...
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from data_store.array_pool import ArrayPool
 from data_store.cell_sets import CellSets
 from data_store.row_reader import RowReader
 from data_store.sampler import SetSlice
-from data_store.schema import CellBatch
+from data_store.schema import CellBatch, CellValues
 
 
 class CellSetLoader(Iterator[CellBatch]):
@@ -41,6 +42,9 @@ class CellSetLoader(Iterator[CellBatch]):
         Gives the expression values.
     prefetch_batches
         Batches prepared ahead in a background thread; 0: prepared when asked for.
+    as_counts
+        Give the expression as ``CellCounts``, to be made dense on the device. The reader must be
+        of the space ``all`` and hold no dense rows.
     """
 
     def __init__(
@@ -50,11 +54,13 @@ class CellSetLoader(Iterator[CellBatch]):
         reader: RowReader,
         *,
         prefetch_batches: int = 0,
+        as_counts: bool = False,
     ) -> None:
         self._sets = sets
         self._reader = reader
         self._handed_out: SetSlice | None = None
         self._pool = ArrayPool()
+        self._as_counts = as_counts
         slices = iter(sampler)
         self._batches = (
             self._prefetch(slices, prefetch_batches) if prefetch_batches else self._load(slices)
@@ -95,17 +101,20 @@ class CellSetLoader(Iterator[CellBatch]):
 
     def _load(self, slices: Iterator[SetSlice]) -> Generator[CellBatch, None, None]:
         for slice_ in slices:
-            batch = load_batch(self._sets, slice_, self._reader, self._pool)
+            batch = self._load_one(slice_)
             self._handed_out = slice_
             yield batch
+
+    def _load_one(self, slice_: SetSlice) -> CellBatch:
+        load = load_count_batch if self._as_counts else load_batch
+        return load(self._sets, slice_, self._reader, self._pool)
 
     def _prefetch(self, slices: Iterator[SetSlice], ahead: int) -> Generator[CellBatch, None, None]:
         pending: deque[tuple[SetSlice, Future[CellBatch]]] = deque()
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cell-set-loader")
         try:
             for slice_ in slices:
-                job = pool.submit(load_batch, self._sets, slice_, self._reader, self._pool)
-                pending.append((slice_, job))
+                pending.append((slice_, pool.submit(self._load_one, slice_)))
                 if len(pending) > ahead:
                     yield self._hand_out(pending)
             while pending:
@@ -122,22 +131,59 @@ class CellSetLoader(Iterator[CellBatch]):
 
 def load_batch(sets: CellSets, slice_: SetSlice, reader: RowReader, pool: ArrayPool) -> CellBatch:
     """Compose the sets of a slice and gather their values into arrays that nobody else has."""
-    num_sets, num_slots = len(slice_.sets), sets.num_slots
-    shape = (num_sets, num_slots, reader.num_genes)
+    cells = _compose(sets, slice_)
+    shape = (*cells.target_rows_BS.shape, reader.num_genes)
     control_BSG, target_BSG = pool.take(shape), pool.take(shape)
-    mask_BS = np.zeros((num_sets, num_slots), dtype=np.bool_)
-    batch_BS = np.zeros((num_sets, num_slots), dtype=np.int64)
-    pert_B = np.empty(num_sets, dtype=np.int64)
-    context_B = np.empty(num_sets, dtype=np.int64)
-    for place, ref in enumerate(slice_.sets):
-        cell_set = sets.compose(*ref)
-        size = len(cell_set.target_rows)
-        reader.take(cell_set.control_rows, control_BSG[place, :size])
-        reader.take(cell_set.target_rows, target_BSG[place, :size])
+    for place, size in enumerate(cells.size_B.tolist()):
+        reader.take(cells.control_rows_BS[place, :size], control_BSG[place, :size])
+        reader.take(cells.target_rows_BS[place, :size], target_BSG[place, :size])
         control_BSG[place, size:] = 0
         target_BSG[place, size:] = 0
-        mask_BS[place, :size] = True
+    return cells.with_values(control_BSG, target_BSG)
+
+
+def load_count_batch(
+    sets: CellSets, slice_: SetSlice, reader: RowReader, pool: ArrayPool
+) -> CellBatch:
+    """Compose the sets of a slice and gather their counts into arrays that nobody else has."""
+    cells = _compose(sets, slice_)
+    return cells.with_values(
+        reader.take_counts(cells.control_rows_BS, pool),
+        reader.take_counts(cells.target_rows_BS, pool),
+    )
+
+
+class _ComposedSets(NamedTuple):
+    """The cells of a slice's sets, before their expression is read; rows of empty slots are -1."""
+
+    size_B: npt.NDArray[np.int64]
+    control_rows_BS: npt.NDArray[np.int64]
+    target_rows_BS: npt.NDArray[np.int64]
+    batch_BS: npt.NDArray[np.int64]
+    pert_B: npt.NDArray[np.int64]
+    context_B: npt.NDArray[np.int64]
+
+    def with_values(self, control_BSG: CellValues, target_BSG: CellValues) -> CellBatch:
+        return CellBatch(
+            control_BSG=control_BSG,
+            target_BSG=target_BSG,
+            mask_BS=self.target_rows_BS >= 0,
+            pert_B=self.pert_B,
+            context_B=self.context_B,
+            batch_BS=self.batch_BS,
+        )
+
+
+def _compose(sets: CellSets, slice_: SetSlice) -> _ComposedSets:
+    num_sets, num_slots = len(slice_.sets), sets.num_slots
+    size_B, pert_B, context_B = np.empty((3, num_sets), dtype=np.int64)
+    control_rows_BS, target_rows_BS = np.full((2, num_sets, num_slots), -1, dtype=np.int64)
+    batch_BS = np.zeros((num_sets, num_slots), dtype=np.int64)
+    for place, ref in enumerate(slice_.sets):
+        cell_set = sets.compose(*ref)
+        size_B[place] = size = len(cell_set.target_rows)
+        control_rows_BS[place, :size] = cell_set.control_rows
+        target_rows_BS[place, :size] = cell_set.target_rows
         batch_BS[place, :size] = cell_set.batch_S
-        pert_B[place] = cell_set.pert
-        context_B[place] = cell_set.context
-    return CellBatch(control_BSG, target_BSG, mask_BS, pert_B, context_B, batch_BS)
+        pert_B[place], context_B[place] = cell_set.pert, cell_set.context
+    return _ComposedSets(size_B, control_rows_BS, target_rows_BS, batch_BS, pert_B, context_B)

@@ -6,15 +6,19 @@ Shape legend: N rows of a block, G genes, S slots of the output.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
 from data_store.normalize import NUM_LEVELS, tabulate_log1p
+from data_store.schema import CellCounts
 
 Array = npt.NDArray[Any]
+Allocate: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+"""Gives an uninitialised array of a shape and type, as ``np.empty`` does."""
 _LARGEST_UINT16 = np.iinfo(np.uint16).max
 
 
@@ -41,6 +45,15 @@ class DenseRows(NamedTuple):
     def allocate(cls, num_rows: int, num_genes: int) -> DenseRows:
         """Return a block to be filled."""
         return cls(np.empty((num_rows, num_genes), dtype=np.float32))
+
+    @property
+    def bulk(self) -> tuple[Array, ...]:
+        """The arrays that grow with the data."""
+        return (self.values,)
+
+    def with_bulk(self, bulk: Sequence[Array]) -> DenseRows:
+        """Return a block with these arrays as its bulk."""
+        return DenseRows(*bulk)
 
     def copy_rows(
         self, places: npt.NDArray[np.int64], out_SG: npt.NDArray[np.float32], slots: Array
@@ -73,16 +86,49 @@ class CountRows(NamedTuple):
         num_genes: int,
         count_dtype: str,
         size_factors: npt.NDArray[np.float32],
+        allocate: Allocate = np.empty,
     ) -> CountRows:
         """Return a block to be filled, with the smallest type for genes."""
         indptr = np.concatenate([[0], np.cumsum(row_nnz)]).astype(np.int64)
-        indices = np.empty(indptr[-1], dtype=_index_dtype(num_genes))
-        return cls(indptr, indices, np.empty(indptr[-1], dtype=count_dtype), size_factors)
+        shape = (int(indptr[-1]),)
+        indices = allocate(shape, _index_dtype(num_genes))
+        return cls(indptr, indices, allocate(shape, np.dtype(count_dtype)), size_factors)
 
-    def fill_from(self, first: int, block: CountRows, places: npt.NDArray[np.int64]) -> None:
-        """Copy rows of another block to the rows from ``first`` on, which have their sizes."""
-        source, target = (block.indptr, block.indices, block.counts), self[:3]
-        _copy_csr(*source, places, *target, first)
+    def spread(self, has_cell_BS: npt.NDArray[np.bool_], num_genes: int) -> CellCounts:
+        """Put the rows into the slots that hold a cell, one after the other."""
+        nnz_BS = np.zeros(has_cell_BS.shape, dtype=np.int64)
+        nnz_BS[has_cell_BS] = np.diff(self.indptr)
+        log1p_BSL = np.zeros((*has_cell_BS.shape, NUM_LEVELS), dtype=np.float32)
+        log1p_BSL[has_cell_BS] = tabulate_log1p(self.size_factors)
+        large = np.empty(0, dtype=np.int64)
+        if np.iinfo(self.counts.dtype).max >= NUM_LEVELS:
+            large = np.flatnonzero(self.counts >= NUM_LEVELS)
+        row_M = np.searchsorted(self.indptr, large, side="right") - 1
+        value_M = np.log1p(self.counts[large].astype(np.float32) / self.size_factors[row_M])
+        slot_M = np.flatnonzero(has_cell_BS)[row_M]
+        return CellCounts(
+            counts_K=self.counts,
+            genes_K=self.indices,
+            nnz_BS=nnz_BS,
+            log1p_BSL=log1p_BSL,
+            large_place_M=slot_M * num_genes + self.indices[large],
+            large_value_M=value_M,
+            num_genes=num_genes,
+        )
+
+    @property
+    def bulk(self) -> tuple[Array, ...]:
+        """The arrays that grow with the data."""
+        return self.indices, self.counts
+
+    def with_bulk(self, bulk: Sequence[Array]) -> CountRows:
+        """Return the same block with these arrays as its bulk."""
+        indices, counts = bulk
+        return self._replace(indices=indices, counts=counts)
+
+    def copy_from(self, block: CountRows, places: npt.NDArray[np.int64], slots: Array) -> None:
+        """Copy row ``places[i]`` of another block to row ``slots[i]``, which has its size."""
+        _copy_csr(block.indptr, block.indices, block.counts, places, *self[:3], slots)
 
     def copy_rows(
         self, places: npt.NDArray[np.int64], out_SG: npt.NDArray[np.float32], slots: Array
@@ -90,11 +136,14 @@ class CountRows(NamedTuple):
         """Write row ``places[i]`` of the block, normalised and dense, to ``out_SG[slots[i]]``."""
         factors = self.size_factors[places]
         table = tabulate_log1p(factors)
+        # Untouched pages cost nothing, and few counts are large.
+        large = np.empty((2, int((self.indptr[places + 1] - self.indptr[places]).sum())), np.int64)
         sparse = (self.indptr, self.indices, self.counts)
-        num_large = _scatter_counts(*sparse, places, table, out_SG, slots)
+        num_large = _scatter_counts(*sparse, places, table, out_SG, slots, large)
         if num_large:
-            large = _find_large(*sparse, places, factors, NUM_LEVELS, slots, num_large)
-            out_SG[large[0], large[1]] = np.log1p(large[2])
+            numbers, entries = large[:, :num_large]
+            values = self.counts[entries].astype(np.float32) / factors[numbers]
+            out_SG[slots[numbers], self.indices[entries]] = np.log1p(values)
 
 
 def find_spans(
@@ -129,8 +178,9 @@ def _scatter_counts(
     table: Array,
     out: Array,
     slots: Array,
+    large: Array,
 ) -> int:
-    """Look up the small counts, and return how many are not."""
+    """Look up the small counts; note number and entry of the others, and return how many."""
     num_large = 0
     # Unsigned numbers index without a test for negative ones.
     last = np.uint32(table.shape[1] - 1)
@@ -141,33 +191,12 @@ def _scatter_counts(
         row_genes, row_counts = indices[begin:end], counts[begin:end]
         for entry in range(row_genes.size):
             count = np.uint32(row_counts[entry])
-            num_large += int(count > last)
-            row[np.uint32(row_genes[entry])] = levels[min(count, last)]
+            if count > last:
+                large[0, num_large], large[1, num_large] = number, begin + entry
+                num_large += 1
+            else:
+                row[np.uint32(row_genes[entry])] = levels[count]
     return num_large
-
-
-@njit(cache=True, nogil=True)
-def _find_large(
-    indptr: Array,
-    indices: Array,
-    counts: Array,
-    places: Array,
-    size_factors: Array,
-    least: int,
-    slots: Array,
-    num_large: int,
-) -> tuple[Array, Array, Array]:
-    """Return slot, gene and normalised count of each count that is ``least`` or more."""
-    slot, gene = np.empty(num_large, np.int64), np.empty(num_large, np.int64)
-    value = np.empty(num_large, np.float32)
-    found = 0
-    for number in range(len(places)):
-        for entry in range(indptr[places[number]], indptr[places[number] + 1]):
-            if counts[entry] >= least:
-                slot[found], gene[found] = slots[number], indices[entry]
-                value[found] = np.float32(counts[entry]) / size_factors[number]
-                found += 1
-    return slot, gene, value
 
 
 @njit(cache=True, nogil=True)
@@ -179,11 +208,15 @@ def _copy_csr(
     to_indptr: Array,
     to_indices: Array,
     to_counts: Array,
-    first: int,
+    slots: Array,
 ) -> None:
     for number in range(len(places)):
-        target = to_indptr[first + number]
-        for entry in range(indptr[places[number]], indptr[places[number] + 1]):
-            to_indices[target] = indices[entry]
-            to_counts[target] = counts[entry]
-            target += 1
+        begin, end = indptr[places[number]], indptr[places[number] + 1]
+        target = to_indptr[slots[number]]
+        row_genes, row_counts = indices[begin:end], counts[begin:end]
+        out_genes = to_indices[target : target + row_genes.size]
+        out_counts = to_counts[target : target + row_genes.size]
+        for entry in range(row_genes.size):
+            out_genes[entry] = row_genes[entry]
+        for entry in range(row_genes.size):
+            out_counts[entry] = row_counts[entry]

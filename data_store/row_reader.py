@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from data_store.array_pool import ArrayPool
 from data_store.cell_store import CellStore, Rows
 from data_store.row_blocks import CountRows, DenseRows, RowBlock, find_spans
-from data_store.schema import OutputSpace
+from data_store.schema import CellCounts, OutputSpace
 from data_store.shard_reader import ReadBuffer
+from data_store.shared_copies import SharedCopies
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,10 @@ class RowReader(Protocol):
         """Write rows into a C-contiguous array. Safe to call from several threads."""
         ...
 
+    def take_counts(self, rows_BS: Rows, pool: ArrayPool) -> CellCounts:
+        """Gather rows as counts, in memory of the pool; a negative row is an empty slot."""
+        ...
+
 
 class StoreRows:
     """Rows of a store, some of which are held in memory.
@@ -54,10 +61,19 @@ class StoreRows:
         Store rows to hold, ascending, without repetition; they are read now.
     dense
         Hold them dense: faster to copy, but 4 bytes a gene. ``X_hvg`` is dense in any case.
+    copies
+        Where the processes of this node share what they hold; None, or no room there: each has
+        its own.
     """
 
     def __init__(
-        self, store: CellStore, space: OutputSpace, held_rows: Rows, *, dense: bool
+        self,
+        store: CellStore,
+        space: OutputSpace,
+        held_rows: Rows,
+        *,
+        dense: bool,
+        copies: SharedCopies | None = None,
     ) -> None:
         self._store = store
         self._space: OutputSpace = space
@@ -66,7 +82,7 @@ class StoreRows:
         self._buffer = ReadBuffer()
         self._place = np.full(store.num_cells, -1, dtype=np.int64)
         self._place[held_rows] = np.arange(len(held_rows))
-        self._held = self._hold(np.asarray(held_rows, dtype=np.int64), dense=dense)
+        self._held = self._hold(np.asarray(held_rows, dtype=np.int64), copies, dense=dense)
 
     @property
     def num_genes(self) -> int:
@@ -84,47 +100,90 @@ class StoreRows:
             When a shard is missing or damaged.
         """
         _check_rows(rows_N, len(self._place))
+        self._gather(rows_N, lambda block, places, slots: block.copy_rows(places, out_NG, slots))
+
+    def take_counts(self, rows_BS: Rows, pool: ArrayPool) -> CellCounts:
+        """Gather rows as counts, in memory of the pool; a negative row is an empty slot.
+
+        The reader must be of the space ``all`` and hold no dense rows.
+
+        Raises
+        ------
+        IndexError
+            For a row that is not in the store.
+        StoreError
+            When a shard is missing or damaged.
+        """
+        has_cell_BS = rows_BS >= 0
+        rows_N = rows_BS[has_cell_BS]
+        _check_rows(rows_N, len(self._place))
+        block = self._store.allocate_counts(rows_N, pool.take)
+
+        def copy(source: RowBlock, places: Rows, slots: Rows) -> None:
+            assert isinstance(source, CountRows), "a dense reader has no counts"
+            block.copy_from(source, places, slots)
+
+        self._gather(rows_N, copy)
+        return block.spread(has_cell_BS, self._num_genes)
+
+    def _gather(self, rows_N: Rows, copy: Callable[[RowBlock, Rows, Rows], None]) -> None:
+        """Call ``copy(block, places, slots)`` until each of the rows is in its slot."""
         place_N = self._place[rows_N]
         is_held = place_N >= 0
         if is_held.all():
-            self._held.copy_rows(place_N, out_NG, np.arange(len(rows_N)))
+            copy(self._held, place_N, np.arange(len(rows_N)))
             return
         slots = np.flatnonzero(is_held)
-        self._held.copy_rows(place_N[slots], out_NG, slots)
+        copy(self._held, place_N[slots], slots)
         slots = np.flatnonzero(~is_held)
         slots = slots[np.argsort(rows_N[slots], kind="stable")]
         first = 0
         with self._lock:
             for span in _find_spans(rows_N[slots]):
-                block = self._read(span)
-                part = slots[first : first + len(span)]
-                block.copy_rows(span - span[0], out_NG, part)
+                copy(self._read(span), span - span[0], slots[first : first + len(span)])
                 first += len(span)
 
     def _read(self, span: Rows) -> RowBlock:
         return self._store.read_block(self._space, int(span[0]), int(span[-1]) + 1, self._buffer)
 
-    def _hold(self, rows: Rows, *, dense: bool) -> RowBlock:
+    def _hold(self, rows: Rows, copies: SharedCopies | None, *, dense: bool) -> RowBlock:
+        block: DenseRows | CountRows
         if dense or self._space == "hvg":
-            held = DenseRows.allocate(len(rows), self._num_genes)
-            first = 0
-            for span in _find_spans(rows):
-                slots = np.arange(first, first + len(span))
-                self._read(span).copy_rows(span - span[0], held.values, slots)
-                first += len(span)
-            return held
-        sparse = self._store.allocate_counts(rows)
+            block = DenseRows.allocate(len(rows), self._num_genes)
+        else:
+            block = self._store.allocate_counts(rows)
+        if copies is not None and len(rows):
+            # What was allocated is not touched yet, so it takes no memory.
+            content = (self._store.digest.encode(), self._space.encode(), rows.tobytes())
+            shared = copies.share(
+                content, block.bulk, lambda bulk: self._fill(block.with_bulk(bulk), rows)
+            )
+            if shared is not None:
+                return block.with_bulk(shared)
+        self._fill(block, rows)
+        return block
+
+    def _fill(self, held: DenseRows | CountRows, rows: Rows) -> None:
         first = 0
         for span in _find_spans(rows):
-            block = self._read(span)
-            assert isinstance(block, CountRows)
-            sparse.fill_from(first, block, span - span[0])
+            slots = np.arange(first, first + len(span))
+            block, places = self._read(span), span - span[0]
+            if isinstance(held, DenseRows):
+                block.copy_rows(places, held.values, slots)
+            else:
+                assert isinstance(block, CountRows)
+                held.copy_from(block, places, slots)
             first += len(span)
-        return sparse
 
 
 def open_rows(
-    store: CellStore, space: OutputSpace, wanted_rows: Rows, *, resident_gib: float
+    store: CellStore,
+    space: OutputSpace,
+    wanted_rows: Rows,
+    *,
+    resident_gib: float,
+    as_counts: bool = False,
+    copies: SharedCopies | None = None,
 ) -> StoreRows:
     """Open the reader that fits the memory.
 
@@ -141,13 +200,17 @@ def open_rows(
         Most memory for rows, GiB: all of the wanted rows dense if they fit, else all of them as
         they are stored (``X`` is sparse), else as many of the first as fit; the rest is read
         whenever it is asked for.
+    as_counts
+        Hold the space ``all`` sparse even if it fits dense, so that ``take_counts`` can be used.
+    copies
+        Where the processes of this node share what they hold; None: each has its own.
     """
     allowed_bytes = int(resident_gib * _GIB)
     _, first_use = np.unique(wanted_rows, return_index=True)
     rows = np.asarray(wanted_rows, dtype=np.int64)[np.sort(first_use)]
     dense_bytes = len(rows) * (store.nbytes(space) // store.num_cells)
-    if dense_bytes <= allowed_bytes:
-        return StoreRows(store, space, np.sort(rows), dense=True)
+    if dense_bytes <= allowed_bytes and not (as_counts and space == "all"):
+        return StoreRows(store, space, np.sort(rows), dense=True, copies=copies)
     stored_bytes = np.cumsum(store.row_nbytes(space)[rows])
     num_held = int(np.searchsorted(stored_bytes, allowed_bytes, side="right"))
     if num_held < len(rows):
@@ -160,7 +223,7 @@ def open_rows(
             num_held,
             len(rows),
         )
-    return StoreRows(store, space, np.sort(rows[:num_held]), dense=False)
+    return StoreRows(store, space, np.sort(rows[:num_held]), dense=False, copies=copies)
 
 
 def _find_spans(rows: Rows) -> list[Rows]:

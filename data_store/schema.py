@@ -56,12 +56,44 @@ class ObsColumns:
     """Column with the experimental batch; None: all cells share one batch."""
 
 
+class CellCounts(NamedTuple):
+    """Expression of B sets of S slots as counts, to be made dense on the device that wants it.
+
+    Slots follow each other, and an empty one has no counts. Each value is a lookup, so a device
+    has the same bits as the host that wrote the table. K counts in all, L levels.
+    """
+
+    counts_K: npt.NDArray[Any]
+    """Raw counts, the store's unsigned type."""
+    genes_K: npt.NDArray[Any]
+    """Gene of each count, uint16 or int32; ascending within a slot, without repetition."""
+    nnz_BS: npt.NDArray[np.int64]
+    """Counts in each slot."""
+    log1p_BSL: npt.NDArray[np.float32]
+    """What a count below L becomes in each slot: log1p of the normalised count."""
+    large_place_M: npt.NDArray[np.int64]
+    """Where counts of L or more lie in the flattened [B, S, G]."""
+    large_value_M: npt.NDArray[np.float32]
+    """What they become."""
+    num_genes: int
+    """G."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that move to the device."""
+        return sum(part.nbytes for part in self if isinstance(part, np.ndarray))
+
+
+CellValues: TypeAlias = npt.NDArray[np.float32] | CellCounts
+"""Log-normalised expression [B, S, G], dense or still to be made dense."""
+
+
 class CellBatch(NamedTuple):
     """A micro-batch of B cell sets of S slots each. Empty slots are zero and masked."""
 
-    control_BSG: npt.NDArray[np.float32]
+    control_BSG: CellValues
     """Control cells, one paired with each target cell (same context, same batch if so asked)."""
-    target_BSG: npt.NDArray[np.float32]
+    target_BSG: CellValues
     """Perturbed cells, the truth."""
     mask_BS: npt.NDArray[np.bool_]
     """True where a slot holds a cell. At least one per set."""

@@ -30,7 +30,7 @@ from data_store.manifest import (
 )
 from data_store.normalize import look_up_log1p
 from data_store.obs_labels import read_cell_labels
-from data_store.row_blocks import CountRows, DenseRows, RowBlock
+from data_store.row_blocks import Allocate, CountRows, DenseRows, RowBlock
 from data_store.schema import InputPath, ObsColumns, OutputSpace
 from data_store.shard_reader import ReadBuffer, ShardedArray
 from data_store.shards import HVG_PATH
@@ -171,11 +171,13 @@ class Store:
         value_bytes = CountRows.bytes_per_nonzero(len(self.genes), self.count_dtype)
         return np.diff(self.indptr) * value_bytes
 
-    def allocate_counts(self, rows: npt.NDArray[np.int64]) -> CountRows:
+    def allocate_counts(
+        self, rows: npt.NDArray[np.int64], allocate: Allocate = np.empty
+    ) -> CountRows:
         """Return a block for some rows of ``X``, to be filled from what ``read_block`` gives."""
         row_nnz = np.diff(self.indptr)[rows]
         factors = self.size_factor[rows]
-        return CountRows.allocate(row_nnz, len(self.genes), self.count_dtype, factors)
+        return CountRows.allocate(row_nnz, len(self.genes), self.count_dtype, factors, allocate)
 
     def read_block(
         self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None

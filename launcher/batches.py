@@ -12,6 +12,7 @@ from data_store.loader import CellSetLoader
 from data_store.row_reader import RowReader, open_rows
 from data_store.sampler import FixedSetSampler, SetSampler
 from data_store.schema import CellBatch
+from data_store.shared_copies import SharedCopies
 from data_store.splits import Splits, split_rows
 from data_store.store import Store
 from state.config import RunConfig, TrainConfig
@@ -27,8 +28,16 @@ def build_batch_source(
     splits: Splits,
     rank: int,
     world_size: int,
+    *,
+    as_counts: bool = False,
 ) -> BatchSource:
-    """Build this rank's stream of training batches and its share of the validation sets."""
+    """Build this rank's stream of training batches and its share of the validation sets.
+
+    With several ranks, those of a node share what they hold in memory. ``as_counts``: where all
+    genes are trained on, batches carry counts, which ``state.batch_tensors`` makes dense on the
+    device; worth it where the device is not the CPU.
+    """
+    as_counts = as_counts and config.model.gene_space == "all"
     train_rows, val_rows = split_rows(store, splits, "train"), split_rows(store, splits, "val")
 
     def build_sets(pert_rows: Rows, control_rows: Rows) -> CellSets:
@@ -49,6 +58,8 @@ def build_batch_source(
         # Every set draws controls, so they are read most; validation reads its own again and again.
         np.concatenate([train_rows[1], *reversed(val_rows), train_rows[0]]),
         resident_gib=config.data.resident_gib,
+        as_counts=as_counts,
+        copies=SharedCopies() if world_size > 1 else None,
     )
 
     def open_train(position: int) -> CellSetLoader:
@@ -61,7 +72,11 @@ def build_batch_source(
             position=position,
         )
         return CellSetLoader(
-            train_sets, sampler, reader, prefetch_batches=config.data.prefetch_batches
+            train_sets,
+            sampler,
+            reader,
+            prefetch_batches=config.data.prefetch_batches,
+            as_counts=as_counts,
         )
 
     def iterate_val() -> Iterable[tuple[CellBatch, npt.NDArray[np.float32]]]:
@@ -74,7 +89,11 @@ def build_batch_source(
             world_size=world_size,
         )
         return CellSetLoader(
-            val_sets, sampler, reader, prefetch_batches=config.data.prefetch_batches
+            val_sets,
+            sampler,
+            reader,
+            prefetch_batches=config.data.prefetch_batches,
+            as_counts=as_counts,
         ).with_weights()
 
     return BatchSource(open_train=open_train, iterate_val=iterate_val)

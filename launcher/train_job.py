@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from data_store.files import write_text_atomically
 from data_store.schema import UserError
+from data_store.shared_copies import SharedCopies
 from launcher.errors import Interrupted, LaunchError
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
@@ -78,6 +79,9 @@ def train_with_ray(task: TrainTask, config: RunConfig, reporter: Reporter) -> No
         except TrainingFailedError as error:
             if not failure.is_file():
                 raise _explain(error, folder, config) from error
+        finally:
+            # Of workers on this node that were killed; those of other nodes go at the next start.
+            SharedCopies().remove_orphans()
     if failure.is_file():
         raise UserError(failure.read_text(encoding="utf-8"))
 

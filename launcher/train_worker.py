@@ -87,7 +87,15 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
             with Monitor(folder.path if rank == 0 else None) as monitor, profiler:
                 return train(
                     engine,
-                    build_batch_source(config, settings, store, splits, rank, world_size),
+                    build_batch_source(
+                        config,
+                        settings,
+                        store,
+                        splits,
+                        rank,
+                        world_size,
+                        as_counts=device.type == "cuda",
+                    ),
                     CheckpointFolder(folder.checkpoints, task.run_fingerprint),
                     monitor,
                     settings,

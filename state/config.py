@@ -87,9 +87,10 @@ class DataConfig(Section):
     """Sets with fewer than ``model.cell_set_len`` cells, in training and validation: leave slots
     empty and mask them, or fill them with cells of the set drawn again, as the reference does."""
     resident_gib: NonNegativeFloat = 4.0
-    """Memory for expression values in each worker, GiB: the cells of the run are held dense if
-    they fit, else sparse (``output_space = "all"``), else as many as fit, controls first; the
-    others are read from the store set by set."""
+    """Memory for expression values, GiB: the cells of the run are held dense if they fit, else
+    sparse (``output_space = "all"``; on a GPU always), else as many as fit, controls first; the
+    others are read from the store set by set. The workers of a node share it (``/dev/shm``); where
+    that has no room, which the log says, each takes as much."""
     prefetch_batches: NonNegativeInt = 4
     """Micro-batches prepared ahead in a background thread; 0 loads in the training thread."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data_store.schema import CellBatch, UserError
+from state.batch_tensors import to_device
 from state.config import TrainConfig
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.engine import Engine
@@ -133,26 +134,6 @@ def validate(engine: Engine, source: BatchSource) -> float:
             totals += torch.stack([loss.double() * weight, torch.full_like(totals[1], weight)])
     total, weight = (float(value) for value in engine.sum_over_ranks(totals).tolist())
     return total / weight
-
-
-def to_device(batch: CellBatch, device: torch.device) -> tuple[Tensor, ...]:
-    """Turn a batch into the tensors that ``SetObjective.forward`` takes, in its order.
-
-    The mask stays on the CPU, where the model can read it without waiting for the device.
-    """
-    return (
-        _copy(batch.control_BSG, device),
-        _copy(batch.target_BSG, device),
-        torch.from_numpy(batch.mask_BS),
-        _copy(batch.pert_B, device),
-        _copy(batch.batch_BS, device),
-    )
-
-
-def _copy(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    # Only from pinned memory does a copy run beside the host.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def advance(progress: Progress, settings: TrainConfig, world_size: int) -> Progress:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from data_store.schema import CellBatch
+from state.batch_tensors import move_array, move_values
 from state.losses import SetObjective
 
 
@@ -29,9 +29,9 @@ def predict_cells(
     """
     device = objective.features_PD.device
     for batch in batches:
-        control_BSG, mask_BS, pert_B, batch_BS = (
-            _to_tensor(array, device)
-            for array in (batch.control_BSG, batch.mask_BS, batch.pert_B, batch.batch_BS)
+        control_BSG = move_values(batch.control_BSG, device)
+        mask_BS, pert_B, batch_BS = (
+            move_array(array, device) for array in (batch.mask_BS, batch.pert_B, batch.batch_BS)
         )
         was_training = objective.training
         objective.eval()
@@ -42,9 +42,3 @@ def predict_cells(
         finally:
             objective.train(was_training)
         yield predicted_NG.numpy()
-
-
-def _to_tensor(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """Share memory with the array where torch can: it refuses read-only memory maps."""
-    source = array if array.flags.writeable else array.copy()
-    return torch.from_numpy(source).to(device)

@@ -5,13 +5,14 @@ size and controls, in store order. No count occurs twice, so that a value tells 
 it came from.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
 
-from data_store.row_blocks import CountRows, DenseRows, RowBlock
+from data_store.row_blocks import Allocate, CountRows, DenseRows, RowBlock
 from data_store.schema import OutputSpace
 from data_store.shard_reader import ReadBuffer
 
@@ -69,6 +70,10 @@ class MemoryStore:
         return np.log1p(self.counts.astype(np.float32))
 
     @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.counts.tobytes()).hexdigest()
+
+    @property
     def num_cells(self) -> int:
         return len(self.pert_code)
 
@@ -92,10 +97,10 @@ class MemoryStore:
             return np.full(self.num_cells, self.values[0].nbytes)
         return np.count_nonzero(self.counts, axis=1) * CountRows.bytes_per_nonzero(8, "uint32")
 
-    def allocate_counts(self, rows: np.ndarray) -> CountRows:
+    def allocate_counts(self, rows: np.ndarray, allocate: Allocate = np.empty) -> CountRows:
         nnz = np.count_nonzero(self.counts[rows], axis=1)
         ones = np.ones(len(rows), dtype=np.float32)
-        return CountRows.allocate(nnz, self.counts.shape[1], "uint32", ones)
+        return CountRows.allocate(nnz, self.counts.shape[1], "uint32", ones, allocate)
 
     def read_block(
         self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
