@@ -27,7 +27,7 @@ def build_batch_source(
     splits: Splits,
     rank: int,
     world_size: int,
-) -> BatchSource:
+) -> BatchSource[CellBatch]:
     """Build this rank's stream of training batches and its share of the validation sets."""
     train_rows, val_rows = split_rows(store, splits, "train"), split_rows(store, splits, "val")
 

@@ -35,11 +35,6 @@ class TokenBatch(NamedTuple):
     """False where there is nothing to ask."""
 
     @property
-    def num_cells(self) -> int:
-        """Cells in the batch."""
-        return len(self.gene_BL)
-
-    @property
     def sizes_B(self) -> npt.NDArray[np.int64]:
         """Tokens of each cell."""
         sizes_B: npt.NDArray[np.int64] = self.mask_BT.sum(axis=1)

@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_store.schema import CellBatch, UserError
+from data_store.schema import UserError
 from state.config import TrainConfig
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.engine import Engine
-from state.training.flops import FlopCounter, find_peak_tflops
+from state.training.flops import StepFlops, find_peak_tflops
 from state.training.monitor import Monitor, Stopwatch
 from state.training.profiling import StepProfiler
 from state.training.schedule import learning_rate
@@ -31,25 +33,41 @@ class TrainingError(UserError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+class TrainBatch(Protocol):
+    """A micro-batch: cell sets for ST, cells for SE."""
+
+    @property
+    def sizes_B(self) -> npt.NDArray[np.int64]:
+        """What attends to each other: the cells of each set, the tokens of each cell."""
+        ...
+
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """Return what the objective's ``forward`` takes, in its order."""
+        ...
+
+
+Batch = TypeVar("Batch", bound=TrainBatch)
+
+
 @dataclass(frozen=True)
-class BatchSource:
+class BatchSource(Generic[Batch]):
     """How the loop gets its data; built by the launcher from store, splits and sampler."""
 
-    open_train: Callable[[int], AbstractContextManager[Iterator[CellBatch]]]
+    open_train: Callable[[int], AbstractContextManager[Iterator[Batch]]]
     """Open the endless stream of this rank's micro-batches at a position (sets consumed)."""
-    iterate_val: Callable[[], Iterable[tuple[CellBatch, np.ndarray]]]
+    iterate_val: Callable[[], Iterable[tuple[Batch, np.ndarray]]]
     """This rank's validation batches with the weight [B] of each set: 0 for padding sets."""
 
 
 def train(
     engine: Engine,
-    source: BatchSource,
+    source: BatchSource[Batch],
     checkpoints: CheckpointFolder,
     monitor: Monitor,
     settings: TrainConfig,
     seed: int,
     profiler: StepProfiler,
-    flops: FlopCounter,
+    flops: StepFlops,
 ) -> Progress:
     """Train to ``max_steps`` from the newest checkpoint, and return where training ended.
 
@@ -101,7 +119,7 @@ def train(
 
 def train_step(
     engine: Engine,
-    batches: Iterator[CellBatch],
+    batches: Iterator[Batch],
     grad_accum_steps: int,
     lr: float,
     watch: Stopwatch,
@@ -115,14 +133,14 @@ def train_step(
         started_s = time.perf_counter()
         batch = next(batches)
         watch.add_wait(time.perf_counter() - started_s)
-        watch.add_batch(batch.mask_BS.sum(axis=1))
+        watch.add_batch(batch.sizes_B)
         losses.append(engine.backward(to_device(batch, engine.device)))
         engine.step(lr)
     watch.add_step()
     return torch.stack(losses).mean(0)
 
 
-def validate(engine: Engine, source: BatchSource) -> float:
+def validate(engine: Engine, source: BatchSource[Batch]) -> float:
     """Return the mean loss over the validation sets; the same at any number of ranks."""
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch, weight_B in source.iterate_val():
@@ -135,17 +153,14 @@ def validate(engine: Engine, source: BatchSource) -> float:
     return total / weight
 
 
-def to_device(batch: CellBatch, device: torch.device) -> tuple[Tensor, ...]:
-    """Turn a batch into the tensors that ``SetObjective.forward`` takes, in its order.
+def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, ...]:
+    """Turn a batch into the tensors that the objective's ``forward`` takes, in its order.
 
-    The mask stays on the CPU, where the model can read it without waiting for the device.
+    Masks stay on the CPU, where the model can read them without waiting for the device.
     """
-    return (
-        _copy(batch.control_BSG, device),
-        _copy(batch.target_BSG, device),
-        torch.from_numpy(batch.mask_BS),
-        _copy(batch.pert_B, device),
-        _copy(batch.batch_BS, device),
+    return tuple(
+        torch.from_numpy(array) if array.dtype == np.bool_ else _copy(array, device)
+        for array in batch.arrays()
     )
 
 
