@@ -47,6 +47,17 @@ class Sequences(NamedTuple):
     depth_B: npt.NDArray[np.float32]
     """Mean log count of all genes the cell expresses; 0 for an empty cell."""
 
+    @classmethod
+    def allocate(cls, num_cells: int, sequence_len: int) -> Sequences:
+        """Return sequences of empty cells, to be filled."""
+        shape = (num_cells, sequence_len)
+        return cls(
+            np.zeros(shape, dtype=np.int32),
+            np.zeros(shape, dtype=np.float32),
+            np.zeros(num_cells, dtype=np.int64),
+            np.zeros(num_cells, dtype=np.float32),
+        )
+
 
 class AskedGenes(NamedTuple):
     """Genes to decode and what is true of them."""
@@ -57,6 +68,16 @@ class AskedGenes(NamedTuple):
     """log1p counts."""
     known_BK: npt.NDArray[np.bool_]
     """False where there are too few genes to fill the place, or the dataset lacks the gene."""
+
+    @classmethod
+    def allocate(cls, num_cells: int, num_asked: int) -> AskedGenes:
+        """Return places where nothing is asked, to be filled."""
+        shape = (num_cells, num_asked)
+        return cls(
+            np.zeros(shape, dtype=np.int32),
+            np.zeros(shape, dtype=np.float32),
+            np.zeros(shape, dtype=np.bool_),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,14 +98,7 @@ class CellReader:
 
     def read(self, cells: CountsOfCells) -> Sequences:
         """Make the sequence of each cell."""
-        num_cells = len(cells.indptr) - 1
-        shape = (num_cells, self.sequence_len)
-        out = Sequences(
-            np.zeros(shape, dtype=np.int32),
-            np.zeros(shape, dtype=np.float32),
-            np.zeros(num_cells, dtype=np.int64),
-            np.zeros(num_cells, dtype=np.float32),
-        )
+        out = Sequences.allocate(len(cells.indptr) - 1, self.sequence_len)
         tables = (self.token_G, self.tie_rank_V, self.target_sum or 0.0)
         _fill_sequences(cells.indptr, cells.indices, cells.counts, *tables, *out)
         return out
@@ -99,13 +113,8 @@ class CellReader:
         num_unexpressed: int,
     ) -> AskedGenes:
         """Draw the genes to ask each cell for, without replacement, by the cell's seed."""
-        num_cells = len(cells.indptr) - 1
-        shape = (num_cells, num_expressed + num_unexpressed + len(shared_Q))
-        out = AskedGenes(
-            np.zeros(shape, dtype=np.int32),
-            np.zeros(shape, dtype=np.float32),
-            np.zeros(shape, dtype=np.bool_),
-        )
+        num_asked = num_expressed + num_unexpressed + len(shared_Q)
+        out = AskedGenes.allocate(len(cells.indptr) - 1, num_asked)
         own = self.token_G[self.token_G >= 0]
         sizes = (num_expressed, num_unexpressed)
         rows = (cells.indptr, cells.indices, cells.counts)
