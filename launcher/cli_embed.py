@@ -75,6 +75,9 @@ def apply(
         int, typer.Option(min=1, help="Cells that go through the model at once.")
     ] = 32,
     rows_per_block: Annotated[int, typer.Option(min=1, help="Cells of one task.")] = 4096,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Compute on CPUs, even if the run was trained on GPUs.")
+    ] = False,
     address: AddressOpt = None,
     local: LocalOpt = False,
 ) -> None:
@@ -92,7 +95,13 @@ def apply(
     checkpoint = best_checkpoint(folder)
     source = DataConfig(input=input_path).input
     expression = open_expression(source, None if layer is None else CellQuery(layer=layer))
-    settings = ApplySettings(out.absolute(), rows_per_block, batch_size, gene_column)
+    settings = ApplySettings(
+        out=out.absolute(),
+        rows_per_block=rows_per_block,
+        batch_size=batch_size,
+        use_gpu=config.cluster.use_gpu and not cpu,
+        gene_column=gene_column,
+    )
     with open_cluster(address, local=local) as (cluster, _):
         matched, scores = embed_file(
             source, expression, folder, config, checkpoint, settings, cluster.run_tasks

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from data_store.embedding_file import write_embedding
 from data_store.expression_source import (
@@ -91,11 +92,18 @@ def embed_block(block: EmbedBlock) -> BlockScores:
     ------
     StoreError
         If the values are not raw counts.
+    LaunchError
+        If there is no GPU where one was asked for.
     """
     scores = None if block.part is None else block.part.with_suffix(".scores.npz")
     if block.part is not None and scores is not None and block.part.exists() and scores.exists():
         with np.load(scores) as saved:
             return BlockScores(**saved)
+    if block.num_gpus and not torch.cuda.is_available():
+        raise LaunchError(
+            "the run was trained with cluster.use_gpu = true, but torch finds no CUDA GPU here. "
+            "Embed on CPUs: --cpu"
+        )
     embedder = load_embedder(block.run_dir, block.weights, "cuda" if block.num_gpus else "cpu")
     values = read_block(RowBlock(block.rows), block.reader, as_counts=True)
     if not has_whole_values(values):
@@ -132,6 +140,8 @@ class ApplySettings:
     """Cells of one task."""
     batch_size: int
     """Cells that go through the model at once."""
+    use_gpu: bool = False
+    """Compute each block on a GPU."""
     gene_column: str | None = None
     """``var`` column with the genes' names; None: whichever matches most."""
 
@@ -233,7 +243,7 @@ def _cut_blocks(
                 batch_size=settings.batch_size,
                 part=parts / f"{number:08d}.npy",
                 num_cpus=config.cluster.cpus_per_worker,
-                num_gpus=int(config.cluster.use_gpu),
+                num_gpus=int(settings.use_gpu),
             )
         )
     return blocks

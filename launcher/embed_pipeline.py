@@ -99,7 +99,7 @@ class EmbedPipeline:
                 config.seed,
             ),
             outputs=[self.folder.vocabulary, self.folder.genes],
-            work=self._write_vocabulary,
+            work=self.write_vocabulary,
         )
 
     def _train_stage(self) -> Stage:
@@ -131,7 +131,8 @@ class EmbedPipeline:
             work=self._score,
         )
 
-    def _write_vocabulary(self) -> None:
+    def write_vocabulary(self) -> None:
+        """Join the gene tables and report which genes of each dataset are in them."""
         vocabulary = load_vocabulary(self.config.genes.tables)
         datasets = open_datasets(self.config, vocabulary)
         for dataset in datasets:
