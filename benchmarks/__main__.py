@@ -19,6 +19,7 @@ from benchmarks import (
     preprocess,
     scaling,
     scaling_store,
+    se,
     step,
 )
 from benchmarks.errors import BenchmarkError
@@ -33,6 +34,7 @@ BENCHMARKS: Mapping[str, Callable[[Settings], Sequence[Finding]]] = {
     "differential": differential.run,
     "atlas": scaling_store.run,
     "step": step.run,
+    "se": se.run,
     "scaling": scaling.run,
     "evaluate": evaluate.run,
 }

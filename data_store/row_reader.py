@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from data_store.array_pool import ArrayPool
 from data_store.cell_store import CellStore, Rows
-from data_store.row_blocks import CountRows, DenseRows, RowBlock, find_spans
+from data_store.row_blocks import Allocate, CountRows, DenseRows, RowBlock, find_spans
 from data_store.schema import CellCounts, OutputSpace
 from data_store.shard_reader import ReadBuffer
 from data_store.shared_copies import SharedCopies
@@ -115,16 +115,23 @@ class StoreRows:
             When a shard is missing or damaged.
         """
         has_cell_BS = rows_BS >= 0
-        rows_N = rows_BS[has_cell_BS]
+        block = self.take_count_rows(rows_BS[has_cell_BS], pool.take)
+        return block.spread(has_cell_BS, self._num_genes)
+
+    def take_count_rows(self, rows_N: Rows, allocate: Allocate = np.empty) -> CountRows:
+        """Gather rows as counts, one after the other, in memory from ``allocate``.
+
+        As ``take_counts``, and with its errors.
+        """
         _check_rows(rows_N, len(self._place))
-        block = self._store.allocate_counts(rows_N, pool.take)
+        block = self._store.allocate_counts(rows_N, allocate)
 
         def copy(source: RowBlock, places: Rows, slots: Rows) -> None:
             assert isinstance(source, CountRows), "a dense reader has no counts"
             block.copy_from(source, places, slots)
 
         self._gather(rows_N, copy)
-        return block.spread(has_cell_BS, self._num_genes)
+        return block
 
     def _gather(self, rows_N: Rows, copy: Callable[[RowBlock, Rows, Rows], None]) -> None:
         """Call ``copy(block, places, slots)`` until each of the rows is in its slot."""

@@ -104,6 +104,16 @@ class CellBatch(NamedTuple):
     batch_BS: npt.NDArray[np.int64]
     """Index of each cell's experimental batch in ``Store.batches``; 0 in empty slots."""
 
+    @property
+    def sizes_B(self) -> npt.NDArray[np.int64]:
+        """Cells of each set."""
+        sizes_B: npt.NDArray[np.int64] = self.mask_BS.sum(axis=1)
+        return sizes_B
+
+    def arrays(self) -> tuple[CellValues | npt.NDArray[Any], ...]:
+        """Return what ``state.losses.SetObjective.forward`` takes, in its order."""
+        return self.control_BSG, self.target_BSG, self.mask_BS, self.pert_B, self.batch_BS
+
 
 ExpressionValues: TypeAlias = sp.csr_matrix | npt.NDArray[np.float32]
 

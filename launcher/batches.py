@@ -30,7 +30,7 @@ def build_batch_source(
     world_size: int,
     *,
     as_counts: bool = False,
-) -> BatchSource:
+) -> BatchSource[CellBatch]:
     """Build this rank's stream of training batches and its share of the validation sets.
 
     With several ranks, those of a node share what they hold in memory. ``as_counts``: where all

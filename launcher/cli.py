@@ -20,7 +20,7 @@ import typer.core
 from pydantic import ValidationError
 
 from data_store.schema import SPLIT_NAMES, GeneChoice, HvgFlavor, UserError
-from launcher import cli_cluster, cli_statistics, cli_store
+from launcher import cli_cluster, cli_embed, cli_statistics, cli_store
 from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
 from launcher.cli_options import (
     DEFAULT_WAIT_RESOURCES_S,
@@ -63,6 +63,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_store.app, name="store")
+app.add_typer(cli_embed.app, name="embed")
 
 ConfigArg = Annotated[Path, typer.Argument(help="Recipe in TOML, such as configs/demo.toml.")]
 OverridesArg = Annotated[

@@ -24,7 +24,7 @@ from launcher.errors import LaunchError
 from launcher.preflight import refuse_shortage, require_room
 from launcher.progress import Reporter
 from launcher.ray_nodes import RaySupply, check_other_nodes
-from state.config import RunConfig
+from launcher.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class RayCluster:
             ray.shutdown()
             self._connected_here = False
 
-    def require(self, config: RunConfig) -> None:
+    def require(self, config: TrainingConfig) -> None:
         """Wait until the cluster holds the training workers, and check that its nodes fit.
 
         A Ray that was started here cannot grow, so there is nothing to wait for.
@@ -160,7 +160,7 @@ class ThisProcess:
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""
 
-    def require(self, config: RunConfig) -> None:
+    def require(self, config: TrainingConfig) -> None:
         """Check that a GPU is there if one was asked for.
 
         Raises

@@ -16,7 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launcher.node_check import NodeOrder, NodeReport, examine_node, open_probe, refuse_unfit
 from launcher.preflight import NodeType, read_autoscaling_config
-from state.config import RunConfig
+from launcher.training import TrainingConfig
+from state.embed_config import EmbedConfig
 
 _CHECK_TIMEOUT_S = 180.0
 # How Ray starts its autoscaler on the head.
@@ -76,7 +77,7 @@ def find_autoscaling_config() -> Path | None:
     return None
 
 
-def check_other_nodes(config: RunConfig) -> int:
+def check_other_nodes(config: TrainingConfig) -> int:
     """Ask every node but this one for its versions and for the run's storage; count them.
 
     Raises
@@ -127,8 +128,10 @@ def _ask(orders: Sequence[NodeOrder]) -> tuple[dict[str, NodeReport], dict[str, 
     return reports, lost
 
 
-def _inputs_of(config: RunConfig) -> tuple[Path, ...]:
+def _inputs_of(config: TrainingConfig) -> tuple[Path, ...]:
     """Return what the nodes will read; a simulated atlas is made in the run folder."""
+    if isinstance(config, EmbedConfig):
+        return tuple(dataset.store for dataset in config.datasets.values())
     data_input = config.data.input
     made_here = config.simulate is not None
     candidates = [

@@ -6,12 +6,14 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data_store.files import write_text_atomically
 from launcher.errors import LaunchError
+from launcher.training import TrainingConfig
 from state.config import ConfigError, RunConfig
 from state.recipe import describe_differences, dump_config, load_resolved_config
 
@@ -42,6 +44,7 @@ _OWN_NAMES = (
     *("init_from.json", "profile", "splits.md", "splits.csv", "cache"),
     *("checkpoints", "evaluation", "logs", "predictions", "stages", "statistics"),
     *("store", "tb", "runs", "report.html"),
+    *("vocabulary.pt", "genes.json", "scores.json"),
     *("evaluation.partial", "predictions.partial", "store.partial"),
 )
 
@@ -102,7 +105,7 @@ class RunFolder:
             handle.flush()
             yield
 
-    def adopt(self, config: RunConfig, *, overwrite: bool) -> None:
+    def adopt(self, config: TrainingConfig, *, overwrite: bool) -> None:
         """Write ``config.toml``, after checking that the folder belongs to this config.
 
         Before the first checkpoint any setting may still be corrected: the stages that depend on
@@ -121,8 +124,8 @@ class RunFolder:
             self._refuse_other_config(config)
         write_text_atomically(self.config, dump_config(config))
 
-    def _refuse_other_config(self, config: RunConfig) -> None:
-        before = load_resolved_config(self.config)
+    def _refuse_other_config(self, config: TrainingConfig) -> None:
+        before = self._load()
         changes = [
             line
             for line in describe_differences(config, before)
@@ -148,19 +151,34 @@ class RunFolder:
 
     def _is_run(self) -> bool:
         try:
-            load_resolved_config(self.config)
+            self._load()
         except ConfigError:
             return False
         return True
 
-    def _refuse_to_delete_inputs(self, config: RunConfig) -> None:
-        if config.simulate is not None:
-            return
-        inputs = (config.data.input, config.features.path, config.split.file)
+    def _load(self) -> TrainingConfig:
+        return load_resolved_config(self.config)
+
+    def _inputs(self, config: Any) -> Sequence[Path | str | None]:
+        """Return the files that the run reads, unless it makes them."""
+        run: RunConfig = config
+        if run.simulate is not None:
+            return ()
+        return run.data.input, run.features.path, run.split.file
+
+    def _made_elsewhere(self, config: Any) -> Sequence[Path | None]:
+        """Return what the run makes under names of the recipe's choice."""
+        run: RunConfig = config
+        atlas = run.data.input
+        if run.simulate is None or not isinstance(atlas, Path):
+            return ()
+        return atlas, atlas.with_name(f"{atlas.stem}_truth.npz"), run.features.path
+
+    def _refuse_to_delete_inputs(self, config: TrainingConfig) -> None:
         own = [self.path / name for name in _OWN_NAMES]
         inside = [
             path
-            for path in inputs
+            for path in self._inputs(config)
             if isinstance(path, Path) and any(name in (path, *path.parents) for name in own)
         ]
         if inside:
@@ -169,14 +187,11 @@ class RunFolder:
                 f"{self.path}. Move it elsewhere, or choose another output_dir"
             )
 
-    def _clear(self, config: RunConfig) -> None:
+    def _clear(self, config: TrainingConfig) -> None:
         """Delete what a run made here, simulated data included, and nothing else."""
         made = [self.path / name for name in _OWN_NAMES]
-        atlas = config.data.input
-        if config.simulate is not None and isinstance(atlas, Path):
-            truth = atlas.with_name(f"{atlas.stem}_truth.npz")
-            simulated = (atlas, truth, config.features.path)
-            made += [p for p in simulated if p is not None and self.path in p.parents]
+        elsewhere = self._made_elsewhere(config)
+        made += [path for path in elsewhere if path is not None and self.path in path.parents]
         for entry in made:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)

@@ -26,15 +26,15 @@ from launcher.errors import Interrupted, LaunchError
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
 from launcher.run_folder import RunFolder
-from launcher.train_worker import TrainTask, run_worker
-from state.config import RunConfig
+from launcher.train_worker import run_worker
+from launcher.training import TrainingConfig, TrainingTask
 from state.training.monitor import read_metrics
 
 _FAILURE_NAME = "train_failure.txt"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
-def train_with_ray(task: TrainTask, config: RunConfig, reporter: Reporter) -> None:
+def train_with_ray(task: TrainingTask, config: TrainingConfig, reporter: Reporter) -> None:
     """Train on ``cluster.num_workers`` Ray workers; a failed group restarts from ``last``.
 
     Raises
@@ -86,7 +86,7 @@ def train_with_ray(task: TrainTask, config: RunConfig, reporter: Reporter) -> No
         raise UserError(failure.read_text(encoding="utf-8"))
 
 
-def _explain(error: TrainingFailedError, folder: RunFolder, config: RunConfig) -> UserError:
+def _explain(error: TrainingFailedError, folder: RunFolder, config: TrainingConfig) -> UserError:
     """Find the user's mistake among the workers' errors, or say where to look."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "cause", failure)
@@ -99,7 +99,7 @@ def _explain(error: TrainingFailedError, folder: RunFolder, config: RunConfig) -
     )
 
 
-def train_here(task: TrainTask, config: RunConfig, reporter: Reporter) -> None:
+def train_here(task: TrainingTask, config: TrainingConfig, reporter: Reporter) -> None:
     """Train in this process, alone, with the recipe's global batch."""
     with show_training(RunFolder(task.run_dir), config, reporter), single_process_group(config):
         device = torch.device("cuda", 0) if config.cluster.use_gpu else torch.device("cpu")
@@ -107,7 +107,7 @@ def train_here(task: TrainTask, config: RunConfig, reporter: Reporter) -> None:
 
 
 @contextmanager
-def single_process_group(config: RunConfig) -> Iterator[None]:
+def single_process_group(config: TrainingConfig) -> Iterator[None]:
     """Initialise a process group of one, so that the engine runs as it does on a cluster.
 
     A group that is there stays: DeepSpeed keeps the first one for good, so several trainings in
@@ -138,7 +138,7 @@ def single_process_group(config: RunConfig) -> Iterator[None]:
 
 
 @contextmanager
-def show_training(folder: RunFolder, config: RunConfig, reporter: Reporter) -> Iterator[None]:
+def show_training(folder: RunFolder, config: TrainingConfig, reporter: Reporter) -> Iterator[None]:
     """Show the progress that rank 0 writes to ``metrics.jsonl`` while the block runs.
 
     The run folder is the channel: it is shared storage, so no extra connection can break.
@@ -183,7 +183,7 @@ def _describe(records: list[dict[str, float]]) -> str:
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     """Run one worker; a user's mistake is written down, since restarting would not mend it."""
-    task: TrainTask = settings["task"]
+    task: TrainingTask = settings["task"]
     failure = RunFolder(task.run_dir).logs / _FAILURE_NAME
     if failure.is_file():
         # Written by a rank of the group before this one: end at once, the driver tells it.

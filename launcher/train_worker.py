@@ -26,6 +26,7 @@ from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.errors import LaunchError
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
+from launcher.training import Place, Training, TrainingTask
 from state.config import RunConfig, TrainConfig
 from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainTask:
-    """What a worker is told; everything else is in the run folder."""
+    """What a worker of ST is told; everything else is in the run folder."""
 
     run_dir: Path
     store: Path
@@ -52,11 +53,36 @@ class TrainTask:
     micro_batch_size: int
     """Cell sets per micro-batch of each worker."""
 
+    def load_config(self) -> RunConfig:
+        """Read the recipe in the run folder."""
+        return load_resolved_config(RunFolder(self.run_dir).config)
 
-def run_worker(task: TrainTask, device: torch.device) -> Progress:
+    def build(self, config: RunConfig, settings: TrainConfig, place: Place) -> Training:
+        """Build the model, started from ``model.init_from`` if that is set, and its data."""
+        folder = RunFolder(self.run_dir)
+        store = Store.open(self.store)
+        splits = read_splits(folder.splits, store)
+        objective = build_objective(config, store, splits).to(place.device)
+        initialize(objective.model, config, folder if place.rank == 0 else None)
+        return Training(
+            objective,
+            build_source=lambda: build_batch_source(
+                config,
+                settings,
+                store,
+                splits,
+                place.rank,
+                place.world_size,
+                as_counts=place.device.type == "cuda",
+            ),
+            build_flops=lambda: FlopCounter(objective.model),
+        )
+
+
+def run_worker(task: TrainingTask, device: torch.device) -> Progress:
     """Train this rank's share to the end, inside an initialised process group."""
     folder = RunFolder(task.run_dir)
-    config = load_resolved_config(folder.config)
+    config = task.load_config()
     settings = config.train.model_copy(update={"micro_batch_size": task.micro_batch_size})
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(config.cluster.cpus_per_worker)
@@ -72,13 +98,11 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
         log_to_file(log_path, rank),
         only_writer(folder, config.cluster.timeout_s) if rank == 0 else nullcontext(),
     ):
-        store = Store.open(task.store)
-        splits = read_splits(folder.splits, store)
-        objective = build_objective(config, store, splits).to(device)
+        training = task.build(config, settings, Place(rank, world_size, device))
+        objective = training.objective
         objective.use_bf16 = uses_bf16(settings, device)
-        initialize(objective.model, config, folder if rank == 0 else None)
         prepare_model(objective.model, settings)
-        flops = FlopCounter(objective.model)
+        flops = training.build_flops()
         engine = Engine(objective, settings, deepspeed_config, device)
         profiler = StepProfiler(
             folder.profile if rank == 0 else None, settings.profile_steps, device
@@ -87,15 +111,7 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
             with Monitor(folder.path if rank == 0 else None) as monitor, profiler:
                 return train(
                     engine,
-                    build_batch_source(
-                        config,
-                        settings,
-                        store,
-                        splits,
-                        rank,
-                        world_size,
-                        as_counts=device.type == "cuda",
-                    ),
+                    training.build_source(),
                     CheckpointFolder(folder.checkpoints, task.run_fingerprint),
                     monitor,
                     settings,

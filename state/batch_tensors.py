@@ -1,4 +1,4 @@
-"""Move a batch to the device: dense arrays as they are, counts to be made dense there.
+"""Move a batch to the device: arrays as they are, counts to be made dense there.
 
 Shape legend: B cell sets, S slots in a set, G genes, L levels, K counts of a set.
 Tests: ``pytest tests/unit/state/test_batch_tensors.py``.
@@ -6,36 +6,48 @@ Tests: ``pytest tests/unit/state/test_batch_tensors.py``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_store.schema import CellBatch, CellCounts, CellValues
+from data_store.schema import CellCounts, CellValues
 
 # Torch has few operations on unsigned types: their bits travel as signed ones.
 _SIGNED = {np.dtype(np.uint16): np.int16, np.dtype(np.uint32): np.int32}
 
 
-def to_device(batch: CellBatch, device: torch.device) -> tuple[Tensor, ...]:
-    """Turn a batch into the tensors that ``SetObjective.forward`` takes, in its order.
+class TrainBatch(Protocol):
+    """A micro-batch: cell sets for ST, cells for SE."""
 
-    Nothing here waits for the device. The mask stays on the CPU, where the model can read it
+    @property
+    def sizes_B(self) -> npt.NDArray[np.int64]:
+        """What attends to each other: the cells of each set, the tokens of each cell."""
+        ...
+
+    def arrays(self) -> tuple[CellValues | npt.NDArray[Any], ...]:
+        """Return what the objective's ``forward`` takes, in its order."""
+        ...
+
+
+def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, ...]:
+    """Turn a batch into the tensors that the objective's ``forward`` takes, in its order.
+
+    Nothing here waits for the device. Masks stay on the CPU, where the model can read them
     without waiting for the device.
     """
-    return (
-        move_values(batch.control_BSG, device),
-        move_values(batch.target_BSG, device),
-        torch.from_numpy(batch.mask_BS),
-        move_array(batch.pert_B, device),
-        move_array(batch.batch_BS, device),
+    return tuple(
+        torch.from_numpy(values)
+        if isinstance(values, np.ndarray) and values.dtype == np.bool_
+        else move_values(values, device)
+        for values in batch.arrays()
     )
 
 
-def move_values(values: CellValues, device: torch.device) -> Tensor:
-    """Return expression as a dense float32 [B, S, G] on the device."""
+def move_values(values: CellValues | npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array on the device; counts as dense float32 expression, [B, S, G]."""
     return densify(values, device) if isinstance(values, CellCounts) else move_array(values, device)
 
 

@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,9 @@ from pydantic import BaseModel, ValidationError
 from data_store.schema import InputPath
 from state.config import ConfigError, RunConfig
 from state.config_simulate import SimulateConfig
+from state.embed_config import EmbedConfig
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -33,24 +36,46 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         For a missing or malformed file, an unknown key (with the nearest known one), a value of
         the wrong type or range, or an environment variable that is not set.
     """
-    tree = _read_with_includes(path, seen=())
-    for override in overrides:
-        _apply_override(tree, override)
-    tree = _expand_variables(tree, str(path))
-    return _absolute_paths(_validate(tree, path), recipe_dir=path.parent.resolve())
+    config = _validate(_read_tree(path, overrides), path, RunConfig)
+    return _absolute_paths(config, recipe_dir=path.parent.resolve())
+
+
+def load_embed_config(path: Path, overrides: Sequence[str] = ()) -> EmbedConfig:
+    """Read a recipe of SE as ``load_config`` reads one of ST.
+
+    Raises
+    ------
+    ConfigError
+        As ``load_config``.
+    """
+    config = _validate(_read_tree(path, overrides), path, EmbedConfig)
+    return _absolute_embed_paths(config, recipe_dir=path.parent.resolve())
 
 
 def load_resolved_config(path: Path) -> RunConfig:
     """Read the ``config.toml`` of a run folder: resolved, so nothing is merged or expanded."""
-    return _validate(_read_toml(path), path)
+    return _validate(_read_toml(path), path, RunConfig)
 
 
-def dump_config(config: RunConfig) -> str:
+def load_resolved_embed_config(path: Path) -> EmbedConfig:
+    """Read the ``config.toml`` of a run folder of SE."""
+    return _validate(_read_toml(path), path, EmbedConfig)
+
+
+def _read_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    tree = _read_with_includes(path, seen=())
+    for override in overrides:
+        _apply_override(tree, override)
+    expanded: dict[str, Any] = _expand_variables(tree, str(path))
+    return expanded
+
+
+def dump_config(config: BaseModel) -> str:
     """Write a config as TOML that ``load_resolved_config`` reads back unchanged."""
     return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
 
 
-def describe_differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
+def describe_differences(ours: BaseModel, theirs: BaseModel) -> list[str]:
     """List ``key: theirs -> ours`` for every leaf in which two configs differ."""
     left, right = _leaves(theirs.model_dump(mode="json")), _leaves(ours.model_dump(mode="json"))
     keys = sorted(left.keys() | right.keys())
@@ -146,19 +171,19 @@ def _expand_variables(tree: Any, where: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", value_of, tree)
 
 
-def _validate(tree: Mapping[str, Any], path: Path) -> RunConfig:
+def _validate(tree: Mapping[str, Any], path: Path, kind: type[Recipe]) -> Recipe:
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(item)) for item in error.errors()]
+        lines = [_explain(dict(item), kind) for item in error.errors()]
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
-def _explain(item: Mapping[str, Any]) -> str:
+def _explain(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], kind)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         table = ".".join(location[:-1])
         hint = f"Did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else ""
@@ -182,13 +207,39 @@ _PLAIN_WORDS = {
 }
 
 
-def _known_keys(location: Iterable[str]) -> list[str]:
-    section: type[BaseModel] = RunConfig
+def _known_keys(location: Iterable[str], kind: type[BaseModel]) -> list[str]:
+    section: type[BaseModel] | None = kind
     for part in location:
-        annotation = section.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return sorted(section.model_fields)
+        # The name of a dataset is no field: it stands before the fields of its table.
+        if section is None or part not in section.model_fields:
+            continue
+        section = _find_section(section.model_fields[part].annotation)
+    return [] if section is None else sorted(section.model_fields)
+
+
+def _find_section(annotation: Any) -> type[BaseModel] | None:
+    """Return the table in an annotation: itself, optional, or the values of a mapping."""
+    candidates = (annotation, *(_find_section(part) for part in get_args(annotation)))
+    found = (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return next(found, None)
+
+
+def _absolute_embed_paths(config: EmbedConfig, recipe_dir: Path) -> EmbedConfig:
+    datasets = {
+        name: dataset.model_copy(update={"store": _absolute(dataset.store)})
+        for name, dataset in config.datasets.items()
+    }
+    tables = tuple(_absolute(path) for path in config.genes.tables)
+    return config.model_copy(
+        update={
+            "output_dir": _absolute(config.output_dir),
+            "datasets": datasets,
+            "genes": config.genes.model_copy(update={"tables": tables}),
+            "train": config.train.model_copy(
+                update={"deepspeed": recipe_dir / config.train.deepspeed}
+            ),
+        }
+    )
 
 
 def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:

@@ -8,6 +8,7 @@ Tested by ``pytest tests/unit/state/training/test_flops.py`` against torch's own
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,18 @@ _PEAK_TFLOPS = {
     "L40S": (362.0, 91.6),
     "A10": (125.0, 31.2),
 }
+
+
+class StepFlops(Protocol):
+    """Counts the floating-point operations of training one model."""
+
+    def count_step(self, sizes_B: npt.NDArray[np.int64], /) -> float:
+        """Count forward and backward of a micro-batch, by what attends to each other in it."""
+        ...
+
+    def count_cells(self, sizes_B: npt.NDArray[np.int64], /) -> int:
+        """Count the cells of a micro-batch."""
+        ...
 
 
 class FlopCounter:
@@ -55,6 +68,10 @@ class FlopCounter:
             for attention in model.backbone.modules()
             if isinstance(attention, SetAttention)
         )
+
+    def count_cells(self, num_cells_B: npt.NDArray[np.int64]) -> int:
+        """Count the cells of sets with these numbers of cells."""
+        return int(num_cells_B.sum())
 
     def count_step(self, num_cells_B: npt.NDArray[np.int64]) -> float:
         """Count forward and backward of sets with these numbers of cells."""

@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_store.schema import CellBatch, UserError
-from state.batch_tensors import to_device
+from data_store.schema import UserError
+from state.batch_tensors import TrainBatch, to_device
 from state.config import TrainConfig
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.engine import Engine
-from state.training.flops import FlopCounter, find_peak_tflops
+from state.training.flops import StepFlops, find_peak_tflops
 from state.training.monitor import Monitor, Stopwatch
 from state.training.profiling import StepProfiler
 from state.training.schedule import learning_rate
@@ -32,25 +33,28 @@ class TrainingError(UserError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+Batch = TypeVar("Batch", bound=TrainBatch)
+
+
 @dataclass(frozen=True)
-class BatchSource:
+class BatchSource(Generic[Batch]):
     """How the loop gets its data; built by the launcher from store, splits and sampler."""
 
-    open_train: Callable[[int], AbstractContextManager[Iterator[CellBatch]]]
+    open_train: Callable[[int], AbstractContextManager[Iterator[Batch]]]
     """Open the endless stream of this rank's micro-batches at a position (sets consumed)."""
-    iterate_val: Callable[[], Iterable[tuple[CellBatch, np.ndarray]]]
+    iterate_val: Callable[[], Iterable[tuple[Batch, np.ndarray]]]
     """This rank's validation batches with the weight [B] of each set: 0 for padding sets."""
 
 
 def train(
     engine: Engine,
-    source: BatchSource,
+    source: BatchSource[Batch],
     checkpoints: CheckpointFolder,
     monitor: Monitor,
     settings: TrainConfig,
     seed: int,
     profiler: StepProfiler,
-    flops: FlopCounter,
+    flops: StepFlops,
 ) -> Progress:
     """Train to ``max_steps`` from the newest checkpoint, and return where training ended.
 
@@ -102,7 +106,7 @@ def train(
 
 def train_step(
     engine: Engine,
-    batches: Iterator[CellBatch],
+    batches: Iterator[Batch],
     grad_accum_steps: int,
     lr: float,
     watch: Stopwatch,
@@ -116,14 +120,14 @@ def train_step(
         started_s = time.perf_counter()
         batch = next(batches)
         watch.add_wait(time.perf_counter() - started_s)
-        watch.add_batch(batch.mask_BS.sum(axis=1))
+        watch.add_batch(batch.sizes_B)
         losses.append(engine.backward(to_device(batch, engine.device)))
         engine.step(lr)
     watch.add_step()
     return torch.stack(losses).mean(0)
 
 
-def validate(engine: Engine, source: BatchSource) -> float:
+def validate(engine: Engine, source: BatchSource[Batch]) -> float:
     """Return the mean loss over the validation sets; the same at any number of ranks."""
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch, weight_B in source.iterate_val():

@@ -22,7 +22,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_store.files import write_text_atomically
-from state.training.flops import FlopCounter
+from state.training.flops import StepFlops
 
 _GIB = 2**30
 
@@ -111,7 +111,7 @@ class Stopwatch:
         What all workers together can do at most; None: not known, and no MFU.
     """
 
-    def __init__(self, flops: FlopCounter, peak_tflops: float | None) -> None:
+    def __init__(self, flops: StepFlops, peak_tflops: float | None) -> None:
         self._flops = flops
         self._peak_tflops = peak_tflops
         self._restart()
@@ -128,11 +128,11 @@ class Stopwatch:
         """Count time the loop stood still for the next batch."""
         self._data_wait_s += seconds
 
-    def add_batch(self, num_cells_B: npt.NDArray[np.int64]) -> None:
-        """Count one micro-batch of this rank by the cells in its sets; empty slots are none."""
-        self._num_sets += len(num_cells_B)
-        self._num_cells += int(num_cells_B.sum())
-        self._num_flops += self._flops.count_step(num_cells_B)
+    def add_batch(self, sizes_B: npt.NDArray[np.int64]) -> None:
+        """Count one micro-batch of this rank by the cells (ST) or tokens (SE) of its members."""
+        self._num_sets += len(sizes_B)
+        self._num_cells += self._flops.count_cells(sizes_B)
+        self._num_flops += self._flops.count_step(sizes_B)
 
     def add_step(self) -> None:
         """Count one optimiser step."""

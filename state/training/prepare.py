@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from state.config import ConfigError, TrainConfig
+from state.embedding.model import StateEmbedding
 from state.transition.model import StateTransition
 
 
-def prepare_model(model: StateTransition, settings: TrainConfig) -> None:
+def prepare_model(model: StateTransition | StateEmbedding, settings: TrainConfig) -> None:
     """Apply ``train.freeze``, ``train.activation_checkpointing`` and ``train.compile`` in place.
 
     Raises
@@ -15,7 +18,7 @@ def prepare_model(model: StateTransition, settings: TrainConfig) -> None:
         For a part that this model does not have, or when nothing is left to train.
     """
     for part in settings.freeze:
-        module = getattr(model, part)
+        module: nn.Module | None = getattr(model, part, None)
         if module is None:
             raise ConfigError(
                 f"train.freeze: this model has no {part!r}. Take it out, or switch it on in [model]"

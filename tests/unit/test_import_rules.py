@@ -33,6 +33,7 @@ ONLY_IN = {
     "typer": (
         "launcher.cli",
         "launcher.cli_cluster",
+        "launcher.cli_embed",
         "launcher.cli_evaluate",
         "launcher.cli_options",
         "launcher.cli_simulate",

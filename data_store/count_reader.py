@@ -1,0 +1,65 @@
+"""Rows of raw counts of several stores that share the memory, in any order.
+
+As ``row_reader``, which does the reading, but the rows stay sparse counts. Shape legend: N rows
+asked for. Tests: ``pytest tests/unit/data_store/test_count_reader.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from data_store.cell_store import CellStore, Rows
+from data_store.row_blocks import CountRows
+from data_store.row_reader import StoreRows
+
+_GIB = 1 << 30
+
+
+class CountReader:
+    """Rows of raw counts of one store.
+
+    Parameters
+    ----------
+    store
+        Where to read.
+    wanted_rows
+        Rows that will be asked for, ascending; others cannot be had.
+    is_resident
+        Hold all wanted rows in memory; else each is read when it is asked for.
+    """
+
+    def __init__(self, store: CellStore, wanted_rows: Rows, *, is_resident: bool) -> None:
+        self._wanted = np.asarray(wanted_rows, dtype=np.int64)
+        self.is_resident = is_resident
+        held = self._wanted if is_resident else self._wanted[:0]
+        self._rows = StoreRows(store, "all", held, dense=False)
+
+    def take(self, places_N: npt.NDArray[np.int64]) -> CountRows:
+        """Return wanted rows number ``places_N``, in the order asked for; from any thread."""
+        return self._rows.take_count_rows(self._wanted[places_N])
+
+
+def open_counts(
+    stores: Sequence[CellStore], wanted_rows: Sequence[Rows], *, resident_gib: float
+) -> list[CountReader]:
+    """Open readers of several stores that share the memory.
+
+    Small stores are held first, whole or not at all: a store that is read from the disk is read
+    in stretches, of which a few held rows would save nothing.
+    """
+    sizes = [
+        int(store.row_nbytes("all")[rows].sum())
+        for store, rows in zip(stores, wanted_rows, strict=True)
+    ]
+    left, resident = int(resident_gib * _GIB), set()
+    for number in np.argsort(sizes, kind="stable").tolist():
+        if sizes[number] <= left:
+            resident.add(number)
+            left -= sizes[number]
+    return [
+        CountReader(store, rows, is_resident=number in resident)
+        for number, (store, rows) in enumerate(zip(stores, wanted_rows, strict=True))
+    ]
