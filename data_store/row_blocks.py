@@ -98,8 +98,12 @@ class CountRows(NamedTuple):
         """Put the rows into the slots that hold a cell, one after the other."""
         nnz_BS = np.zeros(has_cell_BS.shape, dtype=np.int64)
         nnz_BS[has_cell_BS] = np.diff(self.indptr)
-        log1p_BSL = np.zeros((*has_cell_BS.shape, NUM_LEVELS), dtype=np.float32)
-        log1p_BSL[has_cell_BS] = tabulate_log1p(self.size_factors)
+        log1p_NL = tabulate_log1p(self.size_factors)
+        if has_cell_BS.all():
+            log1p_BSL = log1p_NL.reshape(*has_cell_BS.shape, NUM_LEVELS)
+        else:
+            log1p_BSL = np.zeros((*has_cell_BS.shape, NUM_LEVELS), dtype=np.float32)
+            log1p_BSL[has_cell_BS] = log1p_NL
         large = np.empty(0, dtype=np.int64)
         if np.iinfo(self.counts.dtype).max >= NUM_LEVELS:
             large = np.flatnonzero(self.counts >= NUM_LEVELS)

@@ -36,6 +36,8 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _GIB = 1 << 30
 _ALIGNMENT = 64
+# Part of the name: raise it when the same content comes to have other bytes.
+_FORMAT = b"1"
 # NCCL and Ray keep buffers in the same memory, and fail without.
 _LEFT_FREE_BYTES = 256 << 20
 _RELEASE_TRIES = 20
@@ -83,7 +85,7 @@ class SharedCopies:
             and a line in the log, where there is no room.
         """
         digest = hashlib.sha256()
-        for part in (*content, *(f"{one.shape}{one.dtype}".encode() for one in like)):
+        for part in (_FORMAT, *content, *(f"{one.shape}{one.dtype}".encode() for one in like)):
             digest.update(len(part).to_bytes(8, "little") + part)
         name = digest.hexdigest()[:32]
         size = _layout(like)[-1]
