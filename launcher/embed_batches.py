@@ -34,8 +34,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _TRAIN, _VAL = 0, 1
-# Any odd number spreads positions over the seeds; this one is 2^64 over the golden ratio squared.
-_SEED_STEP = np.uint64(0x61C8864680B583EB)
+# Odd, and far from a multiple of the step of ``sequence``'s generator, or neighbours would draw
+# the same numbers one place apart.
+_SEED_STEP = np.uint64(0xD1342543DE82EF95)
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class BatchBuilder:
         data, length = self.config.data, self.config.model.sequence_len
         rng = np.random.default_rng([self.config.seed, part, step])
         shared_Q = rng.choice(self.shared_pool, self.num_shared, replace=False)
-        (base,) = np.random.SeedSequence([self.config.seed, part]).generate_state(1, np.uint64)
-        seed_B = base + np.asarray(seeds, dtype=np.uint64) * _SEED_STEP
+        seed_B = spread_seeds(self.config.seed, part, seeds)
         num_asked = data.num_expressed + data.num_unexpressed + len(shared_Q)
         sequences = Sequences.allocate(len(refs.index_N), length)
         asked = AskedGenes.allocate(len(refs.index_N), num_asked)
@@ -85,6 +85,13 @@ class BatchBuilder:
             _put(sequences, places, reader.read(cells))
             _put(asked, places, reader.ask(cells, seed_B[places], shared_Q, **sizes))
         return build_batch(sequences, asked, refs.dataset_N)
+
+
+def spread_seeds(seed: int, part: int, numbers: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """Return a seed of each cell from its number."""
+    (base,) = np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)
+    spread: npt.NDArray[np.uint64] = base + np.asarray(numbers, dtype=np.uint64) * _SEED_STEP
+    return spread
 
 
 def _put(whole: Sequence[Any], places: npt.NDArray[np.int64], part: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.embed_apply import BlockScores, EmbedBlock, embed_block, join_scores
 from launcher.errors import LaunchError
+from state.config import ConfigError
 from state.embedding.vocabulary import GeneMatch
 
 
@@ -36,7 +37,7 @@ def test_a_finished_part_is_used_and_an_unfinished_one_is_not(tmp_path: Path):
     """Without its scores a part is not finished; and there is no model here to make it anew."""
     block = make_block(tmp_path)
     np.save(block.part, np.zeros((2, 5), dtype=np.float32))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match="absent"):
         embed_block(replace(block, scored=block.scored[:0]))
     np.savez(block.part.with_suffix(".scores.npz"), **vars(found(1.0)))
     assert embed_block(block).decoded_SK.tolist() == [[1.0, 0.5]]

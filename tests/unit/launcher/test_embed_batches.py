@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_store.schema import run_in_process
-from launcher.embed_batches import build_embed_source, prefetch
+from launcher.embed_batches import build_embed_source, prefetch, spread_seeds
 from launcher.embed_data import compute_frequency, known_tokens, list_gene_names, open_datasets
 from launcher.training import Place
 from state.config import ConfigError
@@ -122,6 +122,14 @@ def test_text_columns_of_var_are_candidates(recipe: Path):
     var["gene_id"] = [f"ENSG{number}" for number in range(len(var))]
     assert list(list_gene_names(var, None, "key")) == ["index", "gene_id"]
     assert list(list_gene_names(var, "gene_id", "key")) == ["gene_id"]
+
+
+def test_no_two_cells_draw_from_the_same_stretch_of_random_numbers():
+    """The generator adds one number at each draw: how many draws lie between two seeds?"""
+    inverse = np.uint64(pow(0x9E3779B97F4A7C15, -1, 2**64))
+    seeds = spread_seeds(0, 0, range(10_000))
+    apart = ((seeds[1:] - seeds[0]) * inverse).view(np.int64)
+    assert np.abs(apart.astype(np.float64)).min() > 1e9
 
 
 def test_an_error_of_the_loader_reaches_the_loop():

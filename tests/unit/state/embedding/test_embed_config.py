@@ -96,7 +96,7 @@ def test_a_resolved_config_reads_back_unchanged(
     ("overrides", "parts"),
     [
         (["model.hidden_dimm=3"], ["unknown key 'model.hidden_dimm'", "model.hidden_dim"]),
-        (["datasets.blood.weigth=3"], ["'datasets.blood.weigth'", "datasets.blood.weight"]),
+        (["datasets.blood.weights=3"], ["'datasets.blood.weights'", "datasets.blood.weight"]),
         (["datasets.blood.weight=0"], ["datasets.blood.weight = 0", "greater than 0"]),
         (["model.num_heads=5"], ["num_heads = 5 does not divide hidden_dim = 672"]),
         (["model.norm=mid"], ["model.norm = 'mid'", "post"]),
