@@ -24,8 +24,10 @@ from data_store.store import Store
 from launcher.batches import build_batch_source
 from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.errors import LaunchError
+from launcher.faults import with_faults
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
+from launcher.step_division import StepDivision
 from state.config import RunConfig, TrainConfig
 from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
@@ -49,15 +51,15 @@ class TrainTask:
     store: Path
     run_fingerprint: str
     """Digest of all that the weights depend on."""
-    micro_batch_size: int
-    """Cell sets per micro-batch of each worker."""
+    division: StepDivision
+    """Each worker's share of an optimiser step."""
 
 
 def run_worker(task: TrainTask, device: torch.device) -> Progress:
     """Train this rank's share to the end, inside an initialised process group."""
     folder = RunFolder(task.run_dir)
     config = load_resolved_config(folder.config)
-    settings = config.train.model_copy(update={"micro_batch_size": task.micro_batch_size})
+    settings = config.train.model_copy(update=asdict(task.division))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(config.cluster.cpus_per_worker)
     deepspeed_config = complete_deepspeed_config(
@@ -80,6 +82,15 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
         prepare_model(objective.model, settings)
         flops = FlopCounter(objective.model)
         engine = Engine(objective, settings, deepspeed_config, device)
+        checkpoints = CheckpointFolder(
+            folder.checkpoints,
+            task.run_fingerprint,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+        )
+        source = build_batch_source(config, settings, store, splits, rank, world_size)
+        if rank == config.faults.rank:
+            source = with_faults(source, config.faults, settings, engine.sets_per_step, folder)
         profiler = StepProfiler(
             folder.profile if rank == 0 else None, settings.profile_steps, device
         )
@@ -87,8 +98,8 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
             with Monitor(folder.path if rank == 0 else None) as monitor, profiler:
                 return train(
                     engine,
-                    build_batch_source(config, settings, store, splits, rank, world_size),
-                    CheckpointFolder(folder.checkpoints, task.run_fingerprint),
+                    source,
+                    checkpoints,
                     monitor,
                     settings,
                     config.seed,
