@@ -19,6 +19,7 @@ from launcher.errors import LaunchError
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.stages import Stage, StageRunner, fingerprint
+from launcher.step_division import divide_step
 from launcher.train_job import train_here, train_with_ray
 from state.embed_config import EmbedConfig
 from state.embedding.scores import describe_scores
@@ -113,9 +114,7 @@ class EmbedPipeline:
             ],
             work=self._train,
             is_costly=True,
-            is_whole=lambda: bool(
-                CheckpointFolder(self.folder.checkpoints, self._run_fingerprint).complete()
-            ),
+            is_whole=lambda: bool(self._checkpoints.complete()),
         )
 
     def _score_stage(self) -> Stage:
@@ -149,9 +148,7 @@ class EmbedPipeline:
         task = EmbedTask(
             run_dir=self.folder.path,
             run_fingerprint=self._run_fingerprint,
-            # Alone, one worker takes the micro-batches of all: the global batch stays.
-            micro_batch_size=config.train.micro_batch_size
-            * (config.cluster.num_workers if alone else 1),
+            division=divide_step(config, self._checkpoints.last(), alone=alone),
         )
         train = train_here if alone else train_with_ray
         train(task, config, self._reporter)
@@ -168,6 +165,10 @@ class EmbedPipeline:
         write_json_atomically(
             self.folder.scores, {name: score.report() for name, score in scores.items()}
         )
+
+    @property
+    def _checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.folder.checkpoints, self._run_fingerprint)
 
     @cached_property
     def _stores(self) -> dict[str, str]:

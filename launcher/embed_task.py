@@ -10,6 +10,7 @@ import torch
 from launcher.embed_batches import build_embed_source, count_shared
 from launcher.embed_data import known_tokens, open_datasets
 from launcher.embed_folder import EmbedFolder
+from launcher.step_division import StepDivision
 from launcher.training import Place, Training
 from state.config import TrainConfig
 from state.embed_config import EmbedConfig
@@ -27,8 +28,8 @@ class EmbedTask:
     run_dir: Path
     run_fingerprint: str
     """Digest of all that the weights depend on."""
-    micro_batch_size: int
-    """Cells per micro-batch of each worker."""
+    division: StepDivision
+    """Each worker's share of an optimiser step."""
 
     def load_config(self) -> EmbedConfig:
         """Read the recipe in the run folder."""

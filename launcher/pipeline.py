@@ -33,6 +33,7 @@ from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.run_folder import RunFolder
 from launcher.stages import Stage, StageRunner, fingerprint, identify_file
 from launcher.statistics_stages import deltas_of_run, statistics_of_run, statistics_outputs
+from launcher.step_division import divide_step
 from launcher.train_job import train_here, train_with_ray
 from launcher.train_worker import TrainTask
 from state.config import RunConfig
@@ -47,6 +48,7 @@ STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 # Settings of [train] that change nothing about the weights.
 _NOT_IN_THE_WEIGHTS = {
     *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps", "peak_tflops"),
+    *("keep_last", "keep_best"),
 }
 
 
@@ -299,10 +301,7 @@ class Pipeline:
             run_dir=self.folder.path,
             store=self.store.path,
             run_fingerprint=self._run_fingerprint,
-            # Alone, one worker takes the micro-batches of all: the global batch, and so the
-            # training, stays the recipe's.
-            micro_batch_size=config.train.micro_batch_size
-            * (config.cluster.num_workers if alone else 1),
+            division=divide_step(config, self._checkpoints.last(), alone=alone),
         )
         if alone:
             train_here(task, config, self._reporter)

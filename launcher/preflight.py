@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from launcher.errors import LaunchError
-from state.config import ClusterConfig
+from state.config_cluster import ClusterConfig
 
 _SECONDS_BETWEEN_LINES = 30.0
 _LONGEST_LOOK_S = 5.0

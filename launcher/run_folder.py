@@ -24,10 +24,13 @@ _MAY_CHANGE = (
     "data.resident_gib",
     "data.rows_per_block",
     "evaluate.",
+    "faults.",
     "statistics.",
     "train.activation_checkpointing",
     # Where that file lies; what it says is part of the training stage's fingerprint.
     "train.deepspeed:",
+    "train.keep_best",
+    "train.keep_last",
     "train.log_every_steps",
     "train.peak_tflops",
     "train.profile_steps",

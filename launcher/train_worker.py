@@ -19,20 +19,23 @@ import torch
 import torch.distributed as dist
 
 from data_store.files import full_disk_is_a_user_error, write_json_atomically
+from data_store.schema import CellBatch
 from data_store.splits import read_splits
 from data_store.store import Store
 from launcher.batches import build_batch_source
 from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.errors import LaunchError
+from launcher.faults import with_faults
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
+from launcher.step_division import StepDivision
 from launcher.training import Place, Training, TrainingTask
 from state.config import RunConfig, TrainConfig
 from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.engine import Engine
 from state.training.flops import FlopCounter
-from state.training.loop import train
+from state.training.loop import BatchSource, train
 from state.training.monitor import Monitor
 from state.training.prepare import prepare_model
 from state.training.profiling import StepProfiler
@@ -50,8 +53,8 @@ class TrainTask:
     store: Path
     run_fingerprint: str
     """Digest of all that the weights depend on."""
-    micro_batch_size: int
-    """Cell sets per micro-batch of each worker."""
+    division: StepDivision
+    """Each worker's share of an optimiser step."""
 
     def load_config(self) -> RunConfig:
         """Read the recipe in the run folder."""
@@ -64,9 +67,9 @@ class TrainTask:
         splits = read_splits(folder.splits, store)
         objective = build_objective(config, store, splits).to(place.device)
         initialize(objective.model, config, folder if place.rank == 0 else None)
-        return Training(
-            objective,
-            build_source=lambda: build_batch_source(
+
+        def build_source() -> BatchSource[CellBatch]:
+            source = build_batch_source(
                 config,
                 settings,
                 store,
@@ -74,7 +77,14 @@ class TrainTask:
                 place.rank,
                 place.world_size,
                 as_counts=place.device.type == "cuda",
-            ),
+            )
+            if place.rank != config.faults.rank:
+                return source
+            return with_faults(source, config.faults, settings, place.world_size, folder)
+
+        return Training(
+            objective,
+            build_source=build_source,
             build_flops=lambda: FlopCounter(objective.model),
         )
 
@@ -83,7 +93,7 @@ def run_worker(task: TrainingTask, device: torch.device) -> Progress:
     """Train this rank's share to the end, inside an initialised process group."""
     folder = RunFolder(task.run_dir)
     config = task.load_config()
-    settings = config.train.model_copy(update={"micro_batch_size": task.micro_batch_size})
+    settings = config.train.model_copy(update=asdict(task.division))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(config.cluster.cpus_per_worker)
     deepspeed_config = complete_deepspeed_config(
@@ -104,6 +114,12 @@ def run_worker(task: TrainingTask, device: torch.device) -> Progress:
         prepare_model(objective.model, settings)
         flops = training.build_flops()
         engine = Engine(objective, settings, deepspeed_config, device)
+        checkpoints = CheckpointFolder(
+            folder.checkpoints,
+            task.run_fingerprint,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+        )
         profiler = StepProfiler(
             folder.profile if rank == 0 else None, settings.profile_steps, device
         )
@@ -112,7 +128,7 @@ def run_worker(task: TrainingTask, device: torch.device) -> Progress:
                 return train(
                     engine,
                     training.build_source(),
-                    CheckpointFolder(folder.checkpoints, task.run_fingerprint),
+                    checkpoints,
                     monitor,
                     settings,
                     config.seed,

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from launcher.step_division import StepDivision
 from state.config import RunConfig, TrainConfig
 from state.embed_config import EmbedConfig
 from state.embedding.objective import EmbeddingObjective
@@ -54,8 +55,8 @@ class TrainingTask(Protocol):
         ...
 
     @property
-    def micro_batch_size(self) -> int:
-        """Cell sets (ST) or cells (SE) per micro-batch of each worker."""
+    def division(self) -> StepDivision:
+        """Each worker's share of an optimiser step."""
         ...
 
     def load_config(self) -> TrainingConfig:

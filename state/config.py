@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from data_store.schema import GeneChoice, HvgFlavor, ObsColumns, UserError
+from state.config_cluster import ClusterConfig, FaultsConfig
 from state.config_section import (
     Fraction,
     NonEmptyStr,
@@ -250,6 +251,10 @@ class TrainConfig(Section):
     """Validation sets per pass (the same ones each time)."""
     checkpoint_every_steps: PositiveInt = 500
     """Steps between ``last`` checkpoints."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep; with 1 there is none to fall back on if it is damaged."""
+    keep_best: PositiveInt = 1
+    """Checkpoints with the lowest validation losses to keep beside them."""
 
     @model_validator(mode="after")
     def _profiles_forwards(self) -> TrainConfig:
@@ -257,21 +262,6 @@ class TrainConfig(Section):
             first, last = self.profile_steps
             raise ValueError(f"profile_steps = [{first}, {last}]: the first comes after the last")
         return self
-
-
-class ClusterConfig(Section):
-    """How many processes train, and what each of them gets."""
-
-    num_workers: PositiveInt = 1
-    """Data-parallel workers (one GPU each when ``use_gpu``)."""
-    cpus_per_worker: PositiveInt = 1
-    """CPU cores, and torch threads, of each worker."""
-    use_gpu: bool = False
-    """Give each worker a GPU."""
-    max_failures: NonNegativeInt = 3
-    """Restarts of the worker group from the last checkpoint before the run fails."""
-    timeout_s: PositiveInt = 1800
-    """Seconds after which a collective operation that hangs is an error."""
 
 
 class EvaluateConfig(Section):
@@ -362,6 +352,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    faults: FaultsConfig = FaultsConfig()
 
     @model_validator(mode="after")
     def _trains_all_that_it_builds(self) -> RunConfig:

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from state.config import ClusterConfig, TrainConfig
+from state.config import TrainConfig
+from state.config_cluster import ClusterConfig
 from state.config_section import (
     Fraction,
     NonEmptyStr,

@@ -86,11 +86,17 @@ class CheckpointFolder:
         Where they are, on storage that every rank sees.
     run_fingerprint
         Digest of everything the weights depend on; a checkpoint with another one is refused.
+    keep_last, keep_best
+        How many of the newest, and of those with the lowest validation loss, ``save`` keeps.
     """
 
-    def __init__(self, folder: Path, run_fingerprint: str) -> None:
+    def __init__(
+        self, folder: Path, run_fingerprint: str, *, keep_last: int = 2, keep_best: int = 1
+    ) -> None:
         self.folder = folder
         self.run_fingerprint = run_fingerprint
+        self._keep_last = keep_last
+        self._keep_best = keep_best
 
     def complete(self) -> list[Checkpoint]:
         """List the committed checkpoints in order of their step."""
@@ -106,8 +112,12 @@ class CheckpointFolder:
 
         Falls back on ``last`` when none was validated.
         """
-        validated = [c for c in self.complete() if math.isfinite(c.progress.val_loss)]
-        return min(validated, key=lambda c: c.progress.val_loss, default=self.last())
+        return next(iter(self._validated()), self.last())
+
+    def _validated(self) -> list[Checkpoint]:
+        """List the validated checkpoints, the best one first."""
+        found = [c for c in self.complete() if math.isfinite(c.progress.val_loss)]
+        return sorted(found, key=lambda c: c.progress.val_loss)
 
     def restore(self, engine: Engine) -> Progress:
         """Load the newest checkpoint whose files are whole; start afresh if there is none.
@@ -120,10 +130,27 @@ class CheckpointFolder:
         if chosen is None:
             return Progress()
         self._refuse_mismatch(chosen, engine)
-        engine.load(chosen.folder)
+        if chosen.world_size == engine.world_size:
+            engine.load(chosen.folder)
+        else:
+            self._load_resized(chosen, engine)
         logger.info("resumed from %s (step %d)", chosen.folder, chosen.progress.step)
         progress: Progress = chosen.progress
         return progress
+
+    def _load_resized(self, chosen: Checkpoint, engine: Engine) -> None:
+        """Load a checkpoint of another number of workers; the sampler's position holds for any."""
+        logger.info("%d workers wrote it, %d go on", chosen.world_size, engine.world_size)
+        # Its name is one of those that _prune removes, should this be killed before it can.
+        universal = chosen.folder.with_name(f"{chosen.folder.name}.universal")
+        if engine.rank == 0:
+            shutil.rmtree(universal, ignore_errors=True)
+        try:
+            with full_disk_is_a_user_error(universal):
+                engine.load_resized(chosen.folder, universal)
+        finally:
+            if engine.rank == 0:
+                shutil.rmtree(universal, ignore_errors=True)
 
     def save(self, engine: Engine, progress: Progress) -> Path:
         """Write a checkpoint with all ranks, commit it, and prune the older ones (collective)."""
@@ -182,11 +209,9 @@ class CheckpointFolder:
         self._prune()
 
     def _prune(self) -> None:
-        """Keep the newest two and ``best``; remove the rest and what a crash left half-written.
-
-        Two, because a damaged one must have an older one to fall back on.
-        """
-        kept = {c.folder for c in (*self.complete()[-2:], self.best()) if c is not None}
+        """Keep the newest and the best; remove the rest and what a crash left half-written."""
+        kept_ones = (*self.complete()[-self._keep_last :], *self._validated()[: self._keep_best])
+        kept = {checkpoint.folder for checkpoint in kept_ones}
         for path in self.folder.glob("step_*"):
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -233,13 +258,6 @@ class CheckpointFolder:
                 f"sets a step on {checkpoint.world_size} workers; {engine.world_size} workers "
                 f"would take {engine.sets_per_step} and train another model. Set "
                 f"cluster.num_workers={checkpoint.world_size}, or choose another output_dir"
-            )
-        if checkpoint.world_size != engine.world_size and engine.zero_stage > 0:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.folder} was written by {checkpoint.world_size} workers "
-                f"with ZeRO stage {engine.zero_stage}, this run has {engine.world_size}. Set "
-                f"cluster.num_workers={checkpoint.world_size} to go on, or choose another "
-                "output_dir"
             )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -155,7 +157,7 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restore what ``save`` wrote (collective).
+        """Restore what ``save`` wrote, with as many ranks as wrote it (collective).
 
         Raises
         ------
@@ -165,6 +167,37 @@ class Engine:
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if loaded is None:
             raise FileNotFoundError(f"no DeepSpeed checkpoint under {folder / _TAG}")
+        # DeepSpeed counts micro-batches to know when to step; another number of them may make a
+        # step now than when this was written.
+        accumulation = self._engine.gradient_accumulation_steps()
+        self._engine.micro_steps = self._engine.global_steps * accumulation
+
+    def load_resized(self, folder: Path, universal: Path) -> None:
+        """Restore what another number of ranks wrote (collective).
+
+        ZeRO's shares are cut anew by way of DeepSpeed's universal format, which rank 0 writes
+        under ``universal``. Stage 0 has no shares, and no such format.
+        """
+        if self.zero_stage == 0:
+            self.load(folder)
+            return
+        if self.rank == 0:
+            _convert_to_universal(folder / _TAG, universal / _TAG)
+        self.barrier()
+        # The setting is one of the configuration, read at load; only now is it known to apply.
+        self._engine._config.load_universal_checkpoint = True
+        decays = [group["weight_decay"] for group in self._optimizer.param_groups]
+        try:
+            self.load(universal)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        # At stage 3 it gives all groups the settings of the first, and all of them one tensor
+        # that counts steps, which each then advances.
+        for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in self._optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
+        self.barrier()
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return all weights in fp32 on the CPU, whatever the ZeRO stage (collective)."""
@@ -224,3 +257,22 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _convert_to_universal(source: Path, target: Path) -> None:
+    """Rewrite a ZeRO checkpoint without ranks, in a process of its own as DeepSpeed means it.
+
+    Raises
+    ------
+    RuntimeError
+        With what the conversion said, when it failed.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    # It joins no process group, and must not think that it is a rank of this one.
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ranks}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=inherited)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source} cannot be converted for other ranks:\n{done.stderr}")

@@ -30,9 +30,10 @@ def prepare(recipe: Path, run_dir: Path) -> None:
 
 def train(run_dir: Path, micro_batch_size: int):
     from launcher.embed_task import EmbedTask
+    from launcher.step_division import StepDivision
     from launcher.train_worker import run_worker
 
-    task = EmbedTask(run_dir, "fingerprint", micro_batch_size)
+    task = EmbedTask(run_dir, "fingerprint", StepDivision(micro_batch_size, 1))
     return run_worker(task, torch.device("cpu"))
 
 

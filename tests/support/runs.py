@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -75,6 +76,35 @@ def statewide(
     )
 
 
+@contextmanager
+def running_until_step(
+    step: int, run_dir: Path, *arguments: str | Path, log: Path
+) -> Iterator[subprocess.Popen]:
+    """Start the command line and give its process once training has recorded a step.
+
+    What it says goes to ``log``. It is killed if the block leaves it running.
+    """
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            _command(arguments), stdout=output, stderr=output, env=_environment()
+        ) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 240
+            while not any(record["step"] >= step for record in read_records(run_dir)):
+                assert process.poll() is None, f"ended before step {step}:\n{log.read_text()}"
+                assert time.monotonic() < deadline, (
+                    f"step {step} was not reached:\n{log.read_text()}"
+                )
+                time.sleep(0.05)
+            yield process
+        finally:
+            # Else leaving the block would wait for it.
+            if process.poll() is None:
+                process.kill()
+
+
 def statewide_killed_at_step(
     step: int,
     run_dir: Path,
@@ -87,17 +117,7 @@ def statewide_killed_at_step(
     Return its exit code and what it said.
     """
     log = (log_dir or run_dir.parent) / "killed.log"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            _command(arguments), stdout=output, stderr=output, env=_environment()
-        ) as process,
-    ):
-        deadline = time.monotonic() + 240
-        while not any(record["step"] >= step for record in read_records(run_dir)):
-            assert process.poll() is None, f"ended before step {step}:\n{log.read_text()}"
-            assert time.monotonic() < deadline, f"step {step} was not reached:\n{log.read_text()}"
-            time.sleep(0.05)
+    with running_until_step(step, run_dir, *arguments, log=log) as process:
         process.send_signal(by)
         exit_code = process.wait(timeout=60)
     return exit_code, log.read_text()
@@ -106,17 +126,7 @@ def statewide_killed_at_step(
 def statewide_with_a_worker_killed_at_step(step: int, run_dir: Path, *arguments: str | Path) -> int:
     """Run the command line, end one of its training workers with SIGKILL, return its exit code."""
     log = run_dir.parent / "worker_killed.log"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            _command(arguments), stdout=output, stderr=output, env=_environment()
-        ) as process,
-    ):
-        deadline = time.monotonic() + 240
-        while not any(record["step"] >= step for record in read_records(run_dir)):
-            assert process.poll() is None, f"ended before step {step}:\n{log.read_text()}"
-            assert time.monotonic() < deadline, f"step {step} was not reached:\n{log.read_text()}"
-            time.sleep(0.05)
+    with running_until_step(step, run_dir, *arguments, log=log) as process:
         family = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in family if "RayTrainWorker" in child.name()]
         assert workers, [child.name() for child in family]

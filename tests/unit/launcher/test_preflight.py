@@ -16,7 +16,7 @@ from launcher.preflight import (
     require_room,
     workers_that_fit,
 )
-from state.config import ClusterConfig
+from state.config_cluster import ClusterConfig
 
 
 class Cluster:

@@ -1,0 +1,73 @@
+"""Each fault of ``[faults]`` once: how training ends, and that the losses are the same."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.runs import losses, statewide, write_recipe
+
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow]
+
+SETTINGS = (
+    *("train.max_steps=24", "train.checkpoint_every_steps=6", "train.val_every_steps=6"),
+    *("statistics.enabled=false", "cluster.timeout_s=20"),
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Losses of two workers that nothing happened to."""
+    path = write_recipe(tmp_path_factory.mktemp("uninterrupted"))
+    finished = statewide("train", path, *SETTINGS)
+    assert finished.returncode == 0, finished.stderr
+    return losses(path.parent / "run")
+
+
+def test_the_group_restarts_from_the_last_whole_checkpoint_after_each_fault(
+    uninterrupted: dict[str, list[float]], tmp_path: Path
+):
+    """One run meets them all: no more steps are lost than between two checkpoints."""
+    path = write_recipe(tmp_path)
+    faults = {"kill": 8, "exception": 10, "hang": 15, "tear_checkpoint": 21}
+    at_steps = [f"faults.{fault}_at_step={step}" for fault, step in faults.items()]
+    done = statewide(
+        *("train", path, *SETTINGS, "faults.rank=1", "cluster.max_failures=4", *at_steps),
+        timeout_s=480,
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "run" / "logs" / "train_rank0.log").read_text()
+    # Step 18 was torn: what came before it is taken.
+    resumed_at = [int(step) for step in re.findall(r"resumed from .* \(step (\d+)\)", log)]
+    assert resumed_at == [6, 6, 12, 12]
+    assert "is damaged (model.pt): removed" in log
+    assert losses(tmp_path / "run") == uninterrupted
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_what_was_good(tmp_path: Path):
+    path = write_recipe(tmp_path)
+    done = statewide("train", path, *SETTINGS, "--local", "faults.nan_at_step=15")
+    assert done.returncode == 2
+    assert "at step 15 the loss is nan" in done.stderr
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept[-1] == "step_00000012"
+
+
+@pytest.mark.parametrize("alone_is_first", [False, True])
+def test_another_number_of_workers_goes_on_to_the_same_losses(
+    alone_is_first: bool, uninterrupted: dict[str, list[float]], tmp_path: Path
+):
+    """2 -> 1, and 1 -> 2: the driver gives up at the first failure, and is called again."""
+    path = write_recipe(tmp_path)
+    first, second = ("--local",), ()
+    failing = ("cluster.max_failures=0", "faults.exception_at_step=15")
+    if not alone_is_first:
+        first, second = second, first
+    assert statewide("train", path, *SETTINGS, *failing, *first).returncode != 0
+    resumed = statewide("train", path, *SETTINGS, *second)
+    assert resumed.returncode == 0, resumed.stderr
+    said = "1 workers wrote it, 2 go on" if alone_is_first else "2 workers wrote it, 1 go on"
+    assert said in (tmp_path / "run" / "logs" / "train_rank0.log").read_text()
+    for tag, values in losses(tmp_path / "run").items():
+        np.testing.assert_allclose(values, uninterrupted[tag], rtol=1e-4, err_msg=tag)
