@@ -81,7 +81,8 @@ def run_worker(task: TrainTask, device: torch.device) -> Progress:
         initialize(objective.model, config, folder if rank == 0 else None)
         prepare_model(objective.model, settings)
         flops = FlopCounter(objective.model)
-        engine = Engine(objective, settings, deepspeed_config, device)
+        timeout_s = config.cluster.timeout_s
+        engine = Engine(objective, settings, deepspeed_config, device, timeout_s=timeout_s)
         checkpoints = CheckpointFolder(
             folder.checkpoints,
             task.run_fingerprint,
