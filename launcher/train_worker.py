@@ -113,7 +113,8 @@ def run_worker(task: TrainingTask, device: torch.device) -> Progress:
         objective.use_bf16 = uses_bf16(settings, device)
         prepare_model(objective.model, settings)
         flops = training.build_flops()
-        engine = Engine(objective, settings, deepspeed_config, device)
+        timeout_s = config.cluster.timeout_s
+        engine = Engine(objective, settings, deepspeed_config, device, timeout_s=timeout_s)
         checkpoints = CheckpointFolder(
             folder.checkpoints,
             task.run_fingerprint,

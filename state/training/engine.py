@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,8 @@ class Engine:
         Complete DeepSpeed settings (see ``launcher.deepspeed_config``).
     device
         Where this rank computes.
+    timeout_s
+        Seconds after which a rank that waits for another one fails.
     """
 
     def __init__(
@@ -65,8 +68,14 @@ class Engine:
         settings: TrainConfig,
         deepspeed_config: Mapping[str, Any],
         device: torch.device,
+        *,
+        timeout_s: float = 1800,
     ) -> None:
         deepspeed = _import_deepspeed(device)
+        # DeepSpeed talks in a group of its own, for which it would take torch's 30 minutes.
+        deepspeed.utils.groups._WORLD_GROUP = dist.new_group(
+            list(range(dist.get_world_size())), timeout=timedelta(seconds=timeout_s)
+        )
         self.device = device
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()

@@ -1,5 +1,6 @@
 """The DeepSpeed engine under two gloo ranks: gradients, norms, checkpoints, full weights."""
 
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ class Regression(nn.Module):
         return Output(loss, loss.detach().reshape(1))
 
 
-def make_engine(stage: int, micro_batch_size: int, *, use_bf16: bool = False):
+def make_engine(
+    stage: int, micro_batch_size: int, *, use_bf16: bool = False, timeout_s: float = 60
+):
     import torch.distributed as dist
 
     from state.training.engine import Engine
@@ -52,7 +55,7 @@ def make_engine(stage: int, micro_batch_size: int, *, use_bf16: bool = False):
     )
     regression = Regression()
     regression.use_bf16 = use_bf16
-    return Engine(regression, settings, config, torch.device("cpu"))
+    return Engine(regression, settings, config, torch.device("cpu"), timeout_s=timeout_s)
 
 
 def run_steps(engine, first: int, last: int, micro_batch_size: int) -> list[tuple[float, float]]:
@@ -205,3 +208,22 @@ def shm_was_compiled():
 
 def test_the_shared_memory_extension_is_not_compiled():
     assert spawn(shm_was_compiled, 2) == [False, False]
+
+
+def wait_for_a_hung_rank() -> float:
+    """Return how long a rank waits for another one, of which nothing is heard for longer."""
+    engine = make_engine(1, 4, timeout_s=4)
+    run_steps(engine, 0, 1, 4)
+    started_s = time.monotonic()
+    if engine.rank == 1:
+        time.sleep(12)
+        return 0.0
+    with pytest.raises(RuntimeError, match="(?i)timed out|timeout"):
+        run_steps(engine, 1, 2, 4)
+    waited_s = time.monotonic() - started_s
+    time.sleep(max(0.0, 12 - waited_s))
+    return waited_s
+
+
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_asked():
+    assert 3 < spawn(wait_for_a_hung_rank, 2)[0] < 11
