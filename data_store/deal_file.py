@@ -7,11 +7,11 @@ Shape legend: n rows, m pieces of a deal.
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numba
 import numpy as np
@@ -102,16 +102,18 @@ class Deals:
             If a deal is gone.
         """
         for path in self.paths:
-            pieces, _ = _map_deal(path)
-            first, last = np.searchsorted(pieces.places, [start, stop])
-            if first < last:
-                span = slice(pieces.indptr[first], pieces.indptr[last])
-                yield Pieces(
-                    pieces.places[first:last] - start,
-                    pieces.indptr[first : last + 1] - span.start,
-                    pieces.genes[span],
-                    pieces.values[span],
-                )
+            with _DealReader(path) as deal:
+                places = deal.read("places")
+                first, last = (int(at) for at in np.searchsorted(places, [start, stop]))
+                if first < last:
+                    indptr = deal.read("indptr", first, last + 1)
+                    begin, end = int(indptr[0]), int(indptr[-1])
+                    yield Pieces(
+                        places[first:last] - start,
+                        indptr - begin,
+                        deal.read("genes", begin, end),
+                        deal.read("values", begin, end),
+                    )
 
 
 def join(
@@ -170,29 +172,62 @@ def summarize(pieces: Pieces, sums: npt.NDArray[np.float64]) -> DealSummary:
 
 def read_summary(path: Path) -> DealSummary:
     """Read what a deal says of its cells, without their values."""
-    pieces, sums = _map_deal(path)
-    # Copies: the others would keep the whole file in memory.
-    return summarize(pieces._replace(places=np.array(pieces.places)), np.array(sums))
+    with _DealReader(path) as deal:
+        nnz = np.diff(deal.read("indptr"))
+        return DealSummary(deal.read("places"), nnz, deal.read("sums"), deal.value_dtype)
 
 
-def _map_deal(path: Path) -> tuple[Pieces, npt.NDArray[np.float64]]:
-    """Return the arrays of a deal as they lie in the file; nothing is read until it is used."""
-    try:
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise StoreError(
-            f"{path} is gone, a file that preprocessing wrote for itself; remove the folder "
-            f"{path.parent.parent} and run the same command again"
-        ) from error
-    num_pieces, nnz, gene_dtype, dtype = content[:_HEADER_BYTES].decode().split()
-    m, n = int(num_pieces), int(nnz)
-    begin = _HEADER_BYTES
-    arrays = []
-    for size, name in ((m, "int64"), (m + 1, "int64"), (n, gene_dtype), (n, dtype), (m, "float64")):
-        arrays.append(np.frombuffer(content, name, size, begin))
-        begin += arrays[-1].nbytes + -arrays[-1].nbytes % _ALIGNMENT
-    return Pieces(*arrays[:4]), arrays[4]
+class _DealReader:
+    """Reads stretches of the arrays of a deal.
+
+    They are not mapped: the kernel maps far more of a file than is touched, which adds up over
+    many deals.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._handle = path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{path} is gone, a file that preprocessing wrote for itself; remove the folder "
+                f"{path.parent.parent} and run the same command again"
+            ) from error
+        header = self._handle.read(_HEADER_BYTES).decode()
+        num_pieces, nnz, gene_dtype, value_dtype = header.split()
+        self.value_dtype: str = value_dtype
+        m, n = int(num_pieces), int(nnz)
+        self._arrays: dict[str, tuple[int, np.dtype[Any], int]] = {}
+        begin = _HEADER_BYTES
+        for name, size, dtype in (
+            ("places", m, "int64"),
+            ("indptr", m + 1, "int64"),
+            ("genes", n, gene_dtype),
+            ("values", n, value_dtype),
+            ("sums", m, "float64"),
+        ):
+            self._arrays[name] = begin, np.dtype(dtype), size
+            num_bytes = size * np.dtype(dtype).itemsize
+            begin += num_bytes + -num_bytes % _ALIGNMENT
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.close()
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Array:
+        """Read elements ``first:last`` of an array, all by default."""
+        begin, dtype, size = self._arrays[name]
+        values = np.empty((size if last is None else last) - first, dtype=dtype)
+        content = memoryview(values.view(np.uint8).data)
+        done, offset = 0, begin + first * dtype.itemsize
+        # One read gives at most 2 GiB.
+        while done < len(content):
+            got = os.preadv(self._handle.fileno(), [content[done:]], offset + done)
+            if not got:
+                raise StoreError(f"{self._handle.name} ends too early: it was changed meanwhile")
+            done += got
+        return values
 
 
 @numba.njit(cache=True, nogil=True)
