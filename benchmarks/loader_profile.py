@@ -52,7 +52,10 @@ def main() -> int:
     os.environ.update(ONE_THREAD)
     with TemporaryDirectory(prefix="benchmark-loader-") as folder:
         build_store(Path(folder))
-        ways = {"dense": prepare_sets(folder), "as counts": prepare_count_sets(folder)}
+        ways = {
+            "dense": prepare_sets(folder=folder),
+            "as counts": prepare_count_sets(folder=folder),
+        }
         clock = PieceClock()
         _wrap_pieces(clock)
         for way, task in ways.items():

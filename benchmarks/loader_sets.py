@@ -18,10 +18,11 @@ from benchmarks.loader_peers import SET_LEN
 
 GENES = 18_080
 PERTURBATIONS = 16
-NUM_READS = 32
+NUM_READS = 2 * PERTURBATIONS
+NUM_COLD_READS = PERTURBATIONS
 
 
-def prepare_sets(folder: str) -> Task:
+def prepare_sets(*, folder: str, cold: bool = False) -> Task:
     """Time reading sets with ``StoreRows`` that holds nothing."""
     from data_store.row_reader import StoreRows
     from data_store.store import Store
@@ -34,10 +35,10 @@ def prepare_sets(folder: str) -> Task:
         reader.take(np.arange(start, start + SET_LEN), out_SG)
         return out_SG
 
-    return _over_sets(read, sum_rows)
+    return _over_sets(read, sum_rows, Path(folder) if cold else None)
 
 
-def prepare_count_sets(folder: str) -> Task:
+def prepare_count_sets(*, folder: str, cold: bool = False) -> Task:
     """Time reading the same sets as counts."""
     from data_store.array_pool import ArrayPool
     from data_store.row_reader import StoreRows
@@ -49,18 +50,22 @@ def prepare_count_sets(folder: str) -> Task:
     def read(start: int) -> Any:
         return reader.take_counts(np.arange(start, start + SET_LEN)[None], pool)
 
-    return _over_sets(read, lambda counts: sum_rows(counts)[0])
+    return _over_sets(read, lambda counts: sum_rows(counts)[0], Path(folder) if cold else None)
 
 
-def prepare_backed_sets(folder: str) -> Task:
+def prepare_backed_sets(*, folder: str, cold: bool = False) -> Task:
     """Time slicing a backed AnnData whose cells are sorted as the store's are."""
     import anndata as ad
 
     matrix = ad.read_h5ad(Path(folder) / "sorted" / "cells.h5ad", backed="r").X
-    return _over_sets(lambda start: matrix[start : start + SET_LEN].toarray(), sum_rows)
+
+    def read(start: int) -> Any:
+        return matrix[start : start + SET_LEN].toarray()
+
+    return _over_sets(read, sum_rows, Path(folder) if cold else None)
 
 
-def prepare_floor(folder: str) -> Task:
+def prepare_floor(*, folder: str, cold: bool = False) -> Task:
     """Time ``pread`` and blosc on the bytes of each set, written by hand for this store.
 
     The counts are log-normalised only after the clock has stopped, to compare them.
@@ -104,20 +109,36 @@ def prepare_floor(folder: str) -> Task:
         values = look_up_log1p(counts, bounds.astype(np.int64), factors)
         return np.add.reduceat(values.astype(np.float64), bounds[:-1])
 
-    return _over_sets(read, sum_decoded)
+    return _over_sets(read, sum_decoded, Path(folder) if cold else None)
 
 
-def _over_sets(read: Callable[[int], Any], sum_rows: Callable[[Any], Any]) -> Task:
+def _over_sets(
+    read: Callable[[int], Any], sum_rows: Callable[[Any], Any], cold_folder: Path | None
+) -> Task:
+    """Read every set twice; once, after ``evict(cold_folder)``, where that is given."""
     order = np.random.default_rng(1).permutation(PERTURBATIONS).tolist()
+    num_reads = NUM_READS if cold_folder is None else NUM_COLD_READS
 
     # Cells are sorted by the names of their perturbations; "P..." comes before "non-targeting".
     def run_all() -> Any:
-        for number in range(NUM_READS):
+        for number in range(num_reads):
             result = read(order[number % PERTURBATIONS] * SET_LEN)
         return result
 
     run_all()
+    if cold_folder is not None:
+        evict(cold_folder)
     return Task(run_all, lambda result: {"row_sums": sum_rows(result)})
+
+
+def evict(folder: Path) -> None:
+    """Write files to the disk and ask the kernel to forget what it holds of them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
 
 
 def sum_batch(batch: Any) -> Any:
