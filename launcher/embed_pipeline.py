@@ -71,7 +71,7 @@ class EmbedPipeline:
         UserError
             For anything the user can mend; finished stages stay finished.
         """
-        self._refuse_missing_stores()
+        self._refuse_missing_inputs()
         deepspeed = read_deepspeed_json(self.config.train.deepspeed)
         with self.folder.lock():
             self.folder.adopt(self.config, overwrite=overwrite)
@@ -79,12 +79,18 @@ class EmbedPipeline:
             for build in (self._genes_stage, self._train_stage, self._score_stage):
                 self._runner.run(build())
 
-    def _refuse_missing_stores(self) -> None:
+    def _refuse_missing_inputs(self) -> None:
         for name, dataset in self.config.datasets.items():
             if not is_store(dataset.store):
                 raise LaunchError(
                     f"datasets.{name}.store = {str(dataset.store)!r} is no finished store. Make "
                     "one: statewide preprocess INPUT.h5ad --out STORE --no-perturbations"
+                )
+        for path in self.config.genes.tables:
+            if not path.is_file():
+                raise LaunchError(
+                    f"genes.tables: {str(path)!r} does not exist or is not a file. Give the paths "
+                    "of files saved as torch.save(dict[str, Tensor], path)"
                 )
 
     def _genes_stage(self) -> Stage:

@@ -8,9 +8,7 @@ dataset. Tested by ``pytest tests/unit/state/embedding/test_vocabulary.py``.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from data_store.files import file_made_whole
 from state.config import ConfigError
+from state.tensor_file import load_tensor_file
 
 MAX_NAMES_IN_MESSAGE = 10
 _ENSEMBL_VERSION = re.compile(r"^(ENS[A-Z]*G\d+)\.\d+$")
@@ -182,14 +181,7 @@ def load_vocabulary(paths: Sequence[Path]) -> GeneVocabulary:
 
 def _read_table(path: Path) -> list[tuple[str, Tensor, str]]:
     """Return (gene, float32 vector, where it stands) of a file, species one after the other."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"genes.tables: {path} does not exist") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"genes.tables: {path} is not a torch.save of dict[str, Tensor]: {error}"
-        ) from None
+    loaded = load_tensor_file(path, f"genes.tables: {path}")
     if not isinstance(loaded, dict):
         raise ConfigError(f"genes.tables: {path} holds a {type(loaded).__name__}, not a dict")
     found = []

@@ -9,8 +9,6 @@ Tested by ``pytest tests/unit/state/test_features.py``.
 from __future__ import annotations
 
 import difflib
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from state.config import ConfigError, FeatureConfig
+from state.tensor_file import load_tensor_file
 
 MAX_NAMES_IN_MESSAGE = 10
 
@@ -162,20 +161,7 @@ def _load(path: Path) -> Any:
             f"features.path = {path} does not exist or is not a file. Give the path of a "
             "dict[str, Tensor] saved with torch.save, or leave it out for one-hot features"
         )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        # torch's own text advises to switch the protection off.
-        raise ConfigError(
-            f"features.path = {path} is not a file of plain tensors, and anything else is not "
-            "loaded because it could run code. Save it as torch.save(dict[str, Tensor], path)"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
-        reason = (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
-        raise ConfigError(
-            f"features.path = {path} cannot be read as a torch file ({reason}). "
-            "Save it as torch.save(dict[str, Tensor], path)"
-        ) from None
+    return load_tensor_file(path, f"features.path = {path}")
 
 
 def _check_finite(vectors: Mapping[str, Tensor], path: Path) -> None:

@@ -53,7 +53,7 @@ def test_tables_that_cannot_be_used_are_refused(tmp_path: Path, contents, parts)
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path):
     (tmp_path / "text.pt").write_text("genes")
-    for name, part in (("text.pt", "not a torch.save"), ("absent.pt", "does not exist")):
+    for name, part in (("text.pt", "not a file of plain tensors"), ("absent.pt", "cannot be read")):
         with pytest.raises(ConfigError, match=part):
             load_vocabulary([tmp_path / name])
 
