@@ -19,6 +19,7 @@ import numpy as np
 
 from data_store.files import write_text_atomically
 from data_store.schema import CellBatch, CellCounts
+from launcher.errors import LaunchError
 from launcher.run_folder import RunFolder
 from state.config import TrainConfig
 from state.config_cluster import FaultsConfig
@@ -98,7 +99,12 @@ def _raise() -> None:
 
 
 def _tear_newest(folder: RunFolder) -> None:
-    newest = max(folder.checkpoints.glob("step_*[0-9]"))
+    newest = max(folder.checkpoints.glob("step_*[0-9]"), default=None)
+    if newest is None:
+        raise LaunchError(
+            "faults.tear_checkpoint_at_step comes before the first checkpoint; let it be above "
+            "train.checkpoint_every_steps"
+        )
     weights = newest / WEIGHTS_NAME
     with weights.open("r+b") as handle:
         handle.truncate(weights.stat().st_size // 2)

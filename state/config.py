@@ -375,6 +375,22 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _injects_what_can_happen(self) -> RunConfig:
+        steps = self.faults.model_dump(exclude={"rank"}, exclude_none=True)
+        for key, step in steps.items():
+            if step > self.train.max_steps:
+                raise ValueError(
+                    f"faults.{key} = {step} would never happen: train.max_steps = "
+                    f"{self.train.max_steps}"
+                )
+        if steps and self.faults.rank >= self.cluster.num_workers:
+            raise ValueError(
+                f"faults.rank = {self.faults.rank} would never happen: cluster.num_workers = "
+                f"{self.cluster.num_workers}, so ranks are 0 to {self.cluster.num_workers - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_one_way_to_divide(self) -> RunConfig:
         chosen = self.split.model_dump(include={"file", "folds", "test_contexts"})
         given = [f"split.{key}" for key, value in chosen.items() if value]

@@ -68,6 +68,7 @@ def train(
     best_val_loss = math.inf if best is None else best.progress.val_loss
     monitor.start(progress.step)
     watch = Stopwatch(flops, find_peak(settings, engine))
+    first_bad = torch.full((), math.inf, dtype=torch.float64, device=engine.device)
 
     with source.open_train(progress.sets_consumed) as batches:
         while progress.step < settings.max_steps:
@@ -77,11 +78,12 @@ def train(
             losses = train_step(engine, batches, settings.grad_accum_steps, lr, watch)
             profiler.after_step(progress.step + 1)
             progress = advance(progress, settings, engine.world_size)
+            first_bad = note_non_finite(first_bad, losses, progress.step)
 
             is_last = progress.step == settings.max_steps
             if progress.step % settings.log_every_steps == 0 or is_last:
                 scalars = mean_over_ranks(engine, losses)
-                refuse_non_finite(scalars["train/loss"], engine.grad_norm, progress.step)
+                refuse_non_finite(engine, scalars["train/loss"], first_bad, progress.step)
                 scalars |= {"train/lr": lr, "train/grad_norm": engine.grad_norm}
                 monitor.record(progress.step, scalars | watch.read(engine.world_size))
 
@@ -95,7 +97,7 @@ def train(
 
             if progress.step % settings.checkpoint_every_steps == 0 or is_new_best or is_last:
                 scalars = mean_over_ranks(engine, losses)
-                refuse_non_finite(scalars["train/loss"], engine.grad_norm, progress.step)
+                refuse_non_finite(engine, scalars["train/loss"], first_bad, progress.step)
                 started_s = time.perf_counter()
                 with watch.paused():
                     checkpoints.save(engine, progress)
@@ -167,12 +169,24 @@ def find_peak(settings: TrainConfig, engine: Engine) -> float | None:
     return None if peak is None else peak * engine.world_size
 
 
-def refuse_non_finite(loss: float, grad_norm: float, step: int) -> None:
-    """Stop rather than train on, or save: weights after a NaN are worth nothing."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+def note_non_finite(first_bad: Tensor, losses: Tensor, step: int) -> Tensor:
+    """Return the first step whose losses were not finite, infinity so far (scalar, on the device).
+
+    DeepSpeed leaves such a step out without an error, so the next record would not show it.
+    """
+    is_fine = torch.isfinite(losses).all()
+    return torch.minimum(first_bad, torch.where(is_fine, torch.inf, float(step)).to(first_bad))
+
+
+def refuse_non_finite(engine: Engine, loss: float, first_bad: Tensor, step: int) -> None:
+    """Stop rather than train on, or save: weights after a NaN are worth nothing (collective)."""
+    first = min(engine.gather_objects(float(first_bad)))
+    grad_norm = engine.grad_norm
+    if math.isfinite(loss) and math.isfinite(grad_norm) and math.isinf(first):
         return
     raise TrainingError(
-        f"at step {step} the loss is {loss:g} and the gradient norm {grad_norm:g}. Checkpoints are "
+        f"at step {int(min(first, step))} the loss or its gradient is not finite (step {step}: "
+        f"loss {loss:g}, gradient norm {grad_norm:g}). Checkpoints are "
         "only from before it. Look for extreme values in the input, or train with a lower train.lr "
         "in another output_dir (or in this one with --overwrite)"
     )

@@ -47,9 +47,11 @@ def test_the_group_restarts_from_the_last_whole_checkpoint_after_each_fault(
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_what_was_good(tmp_path: Path):
     path = write_recipe(tmp_path)
-    done = statewide("train", path, *SETTINGS, "--local", "faults.nan_at_step=15")
+    # Nothing is recorded between the checkpoints: the step is named all the same.
+    quiet = "train.log_every_steps=100"
+    done = statewide("train", path, *SETTINGS, quiet, "--local", "faults.nan_at_step=15")
     assert done.returncode == 2
-    assert "at step 15 the loss is nan" in done.stderr
+    assert "at step 15 the loss" in done.stderr
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept[-1] == "step_00000012"
 

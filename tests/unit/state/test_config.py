@@ -106,6 +106,8 @@ SIMULATE = "simulate={num_cells=9, num_genes=9, num_perturbations=2}"
     ("overrides", "parts"),
     [
         ([SIMULATE, "data.input=https://x.org/a.h5ad"], ["simulate", "https://x.org/a.h5ad"]),
+        (["faults.kill_at_step=99", "train.max_steps=16"], ["faults.kill_at_step = 99", "16"]),
+        (["faults.kill_at_step=1", "faults.rank=3"], ["faults.rank = 3", "ranks are 0 to 0"]),
         (["data.hvg_flavor=vst"], ["data.hvg_flavor = 'vst'", "seurat_v3"]),
         (["data.hvg_batch_key="], ["data.hvg_batch_key", "empty"]),
         (["simulate.preset=vccc"], ["simulate: preset = 'vccc' must be one of: vcc"]),
