@@ -2,8 +2,8 @@
 
 For models that see one cell at a time. In an epoch each dataset has its share of the cells, and
 over the epochs all of its cells in turn. Cells that lie together in a store come near each other,
-``CELLS_PER_RUN`` at a time, but never side by side: a window of many runs is shuffled. So a store
-that does not fit the memory is read in stretches, and a position is enough to resume.
+``CELLS_PER_RUN`` at a time, but never side by side: a window of many runs is shuffled. A position
+is enough to resume.
 Tests: ``pytest tests/unit/data_store/test_cell_stream.py``.
 """
 

@@ -47,8 +47,7 @@ def open_counts(
 ) -> list[CountReader]:
     """Open readers of several stores that share the memory.
 
-    Small stores are held first, whole or not at all: a store that is read from the disk is read
-    in stretches, of which a few held rows would save nothing.
+    Small stores are held first, whole or not at all.
     """
     sizes = [
         int(store.row_nbytes("all")[rows].sum())

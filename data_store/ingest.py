@@ -296,7 +296,8 @@ def read_bounds(
     """
     # Only the stretch that is needed: the whole indptr of 100 million cells is 800 MB.
     bounds = np.asarray(group["indptr"][int(rows[0]) : int(rows[-1]) + 2]).astype(np.int64)
-    if (np.diff(bounds) < 0).any() or not 0 <= bounds[0] <= bounds[-1] <= source.nnz:
+    num_stored = min(source.nnz, group["indices"].shape[0])
+    if (np.diff(bounds) < 0).any() or not 0 <= bounds[0] <= bounds[-1] <= num_stored:
         raise StoreError(_damaged_indptr(source))
     return bounds
 

@@ -109,9 +109,16 @@ class SharedCopies:
 
     def _make_folder(self) -> None:
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        status = self._folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        if not self._is_own():
             raise PermissionError(errno.EACCES, "not a folder of this user", str(self._folder))
+
+    def _is_own(self) -> bool:
+        """Tell whether the folder is there, no link, and this user's."""
+        try:
+            status = self._folder.lstat()
+        except FileNotFoundError:
+            return False
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
 
     def _write(
         self, path: Path, size: int, like: Sequence[Array], fill: Callable[[Sequence[Array]], None]
@@ -135,6 +142,8 @@ class SharedCopies:
 
     def remove_orphans(self) -> None:
         """Remove the copies that nobody maps and nobody is about to map."""
+        if not self._is_own():
+            return
         for lock in self._folder.glob("*.lock"):
             with suppress(OSError), _locked(lock, is_waiting=False):
                 _remove_unused(lock)
