@@ -81,6 +81,13 @@ class CellStream:
             position += len(part.index_N)
         return CellRefs(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
+    def window_end(self, position: int) -> int:
+        """Return where the cells end that are shuffled with the one at ``position``."""
+        epoch, place = divmod(position, self.cells_per_epoch)
+        _, ends = self._order(epoch)
+        end = int(ends[np.searchsorted(ends, place, side="right")])
+        return epoch * self.cells_per_epoch + end
+
     def _order_runs(self, epoch: int) -> tuple[Indices, Indices]:
         """Return the runs of an epoch as [runs, 3]: dataset, first draw and draws; window ends."""
         runs = []

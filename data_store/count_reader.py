@@ -28,7 +28,7 @@ class CountReader:
     wanted_rows
         Rows that will be asked for, ascending; others cannot be had.
     is_resident
-        Hold all wanted rows in memory; else each is read when it is asked for.
+        Hold all wanted rows in memory; else they are read when they are asked for.
     """
 
     def __init__(self, store: CellStore, wanted_rows: Rows, *, is_resident: bool) -> None:
@@ -36,10 +36,30 @@ class CountReader:
         self.is_resident = is_resident
         held = self._wanted if is_resident else self._wanted[:0]
         self._rows = StoreRows(store, "all", held, dense=False)
+        self._store = store
+        self._ahead_rows = held[:0]
+        self._ahead: CountRows | None = None
+
+    def read_ahead(self, places_N: npt.NDArray[np.int64]) -> None:
+        """Read wanted rows that ``take`` will be asked for, each chunk of the store once.
+
+        They are kept until the next call. Not to be called while another thread takes rows.
+        """
+        if not self.is_resident:
+            self._ahead = None
+            self._ahead_rows = np.unique(self._wanted[places_N])
+            self._ahead = self._rows.take_count_rows(self._ahead_rows)
 
     def take(self, places_N: npt.NDArray[np.int64]) -> CountRows:
         """Return wanted rows number ``places_N``, in the order asked for; from any thread."""
-        return self._rows.take_count_rows(self._wanted[places_N])
+        rows_N = self._wanted[places_N]
+        if self._ahead is not None:
+            found_N = np.searchsorted(self._ahead_rows, rows_N)
+            if np.array_equal(self._ahead_rows.take(found_N, mode="clip"), rows_N):
+                block = self._store.allocate_counts(rows_N)
+                block.copy_from(self._ahead, found_N, np.arange(len(rows_N)))
+                return block
+        return self._rows.take_count_rows(rows_N)
 
 
 def open_counts(

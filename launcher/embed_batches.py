@@ -87,6 +87,60 @@ class BatchBuilder:
         return build_batch(sequences, asked, refs.dataset_N)
 
 
+class TrainLoader:
+    """Loads one rank's micro-batches in the order of the stream.
+
+    What memory does not hold is read window by window of the stream, so that a chunk of a store
+    is decoded once for all of the window's cells that are this rank's.
+
+    Parameters
+    ----------
+    stream
+        The order of the cells.
+    builder
+        Makes the micro-batches.
+    place
+        Which rank this is.
+    size
+        Cells of a micro-batch.
+    grad_accum_steps
+        Micro-batches of a rank in an optimiser step.
+    """
+
+    def __init__(
+        self,
+        stream: CellStream,
+        builder: BatchBuilder,
+        place: Place,
+        size: int,
+        grad_accum_steps: int,
+    ) -> None:
+        self._stream, self._builder, self._size = stream, builder, size
+        self._offset = place.rank * size
+        self._cells_per_step = size * place.world_size * grad_accum_steps
+        self._read_until = -1
+        self.stride = size * place.world_size
+        """Cells of all ranks between two micro-batches of one."""
+
+    def load(self, start: int) -> TokenBatch:
+        """Load this rank's share of the cells at ``start``, ..., ``start + stride - 1``."""
+        first = start + self._offset
+        if first >= self._read_until:
+            self._read_window(first)
+        # The genes shared by cells are those of the optimiser step, however it is divided.
+        step = start // self._cells_per_step
+        refs = self._stream.take(first, self._size)
+        return self._builder.build(refs, _TRAIN, range(first, first + self._size), step)
+
+    def _read_window(self, first: int) -> None:
+        self._read_until = self._stream.window_end(first)
+        begins = range(first, self._read_until, self.stride)
+        parts = [self._stream.take(begin, self._size) for begin in begins]
+        refs = CellRefs(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        for dataset, counts in enumerate(self._builder.counts):
+            counts.read_ahead(refs.index_N[refs.dataset_N == dataset])
+
+
 def spread_seeds(seed: int, part: int, numbers: Sequence[int]) -> npt.NDArray[np.uint64]:
     """Return a seed of each cell from its number."""
     (base,) = np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)
@@ -126,14 +180,10 @@ def build_embed_source(
     )
     size = settings.micro_batch_size
 
-    def load_train(start: int) -> TokenBatch:
-        first = start + place.rank * size
-        refs = stream.take(first, size)
-        return train.build(refs, _TRAIN, range(first, first + size), start)
-
     def open_train(position: int) -> closing[Generator[TokenBatch, None, None]]:
-        starts = count(position, size * place.world_size)
-        return closing(prefetch(load_train, starts, config.data.prefetch_batches))
+        loader = TrainLoader(stream, train, place, size, settings.grad_accum_steps)
+        starts = count(position, loader.stride)
+        return closing(prefetch(loader.load, starts, config.data.prefetch_batches))
 
     val_cells = CellRefs(
         np.concatenate([np.full(len(d.val_rows), number) for number, d in enumerate(datasets)]),

@@ -20,7 +20,7 @@ from data_store.store import Store
 from state.config import ConfigError
 from state.embed_config import EmbedConfig
 from state.embedding.sequence import CellReader
-from state.embedding.vocabulary import GeneMatch, GeneVocabulary, match_genes
+from state.embedding.vocabulary import GeneLevels, GeneMatch, GeneVocabulary, match_genes
 
 CELLS_PER_TASK = 8192
 
@@ -107,13 +107,17 @@ def build_reader(
 
 @dataclass(frozen=True)
 class CountTask:
-    """Rows of one store, to see in how many of its cells each gene is expressed."""
+    """Rows of one store, to see how much its cells express each gene."""
 
     store: Path
     start: int
     stop: int
     is_train: npt.NDArray[np.bool_]
     """[stop - start] which of them train."""
+    has_token: npt.NDArray[np.bool_]
+    """[G] which genes the model knows."""
+    target_sum: float | None
+    """As in ``CellReader``."""
 
     @property
     def num_cells(self) -> int:
@@ -121,36 +125,53 @@ class CountTask:
         return self.stop - self.start
 
 
-def count_expressing(task: CountTask) -> npt.NDArray[np.int64]:
-    """Return in how many training cells of a block each gene is expressed, [G]."""
+def sum_levels(task: CountTask) -> npt.NDArray[np.float64]:
+    """Return in how many training cells each gene is expressed, and sums of log counts, [2, G]."""
     store = Store.open(task.store)
     block = store.read_block("all", task.start, task.stop)
     assert isinstance(block, CountRows)
-    is_train = np.repeat(task.is_train, np.diff(block.indptr))
-    genes = block.indices[is_train & (block.counts > 0)]
-    return np.bincount(genes, minlength=len(store.genes))
+    cells = np.repeat(np.arange(task.num_cells), np.diff(block.indptr))
+    is_read = task.is_train[cells] & task.has_token[block.indices] & (block.counts > 0)
+    cells, genes = cells[is_read], block.indices[is_read]
+    counts = block.counts[is_read].astype(np.float64)
+    if task.target_sum is not None:
+        depths = np.bincount(cells, counts, minlength=task.num_cells)
+        counts *= task.target_sum / depths[cells]
+    num_genes = len(store.genes)
+    expressing_G = np.bincount(genes, minlength=num_genes)
+    return np.stack([expressing_G, np.bincount(genes, np.log1p(counts), minlength=num_genes)])
 
 
-def compute_frequency(
-    datasets: Sequence[EmbedDataset], num_vocab: int, run_tasks: TaskRunner
-) -> npt.NDArray[np.float32]:
-    """Return the share of training cells that express each gene, [V].
-
-    Of the cells of datasets that have the gene; 0 where none has it.
-    """
+def compute_levels(
+    datasets: Sequence[EmbedDataset],
+    num_vocab: int,
+    target_sum: float | None,
+    run_tasks: TaskRunner,
+) -> GeneLevels:
+    """Work out how much training cells express each gene of the vocabulary."""
     tasks, owners = [], []
     for dataset in datasets:
         is_train = np.zeros(dataset.store.num_cells, dtype=np.bool_)
         is_train[dataset.train_rows] = True
         for start in range(0, dataset.store.num_cells, CELLS_PER_TASK):
             stop = min(start + CELLS_PER_TASK, dataset.store.num_cells)
-            tasks.append(CountTask(dataset.store.path, start, stop, is_train[start:stop]))
+            tasks.append(
+                CountTask(
+                    dataset.store.path,
+                    start,
+                    stop,
+                    is_train[start:stop],
+                    dataset.match.token_G >= 0,
+                    target_sum,
+                )
+            )
             owners.append(dataset)
-    expressing_V, cells_V = np.zeros(num_vocab), np.zeros(num_vocab)
-    counted = run_tasks(count_expressing, tasks, what="gene frequencies", unit="cells")
-    for task, dataset, counts_G in zip(tasks, owners, counted, strict=True):
-        has_token = dataset.match.token_G >= 0
-        tokens = dataset.match.token_G[has_token]
-        expressing_V[tokens] += counts_G[has_token]
+    sums_V, cells_V = np.zeros((2, num_vocab)), np.zeros(num_vocab)
+    found = run_tasks(sum_levels, tasks, what="gene levels", unit="cells")
+    for task, dataset, sums_G in zip(tasks, owners, found, strict=True):
+        tokens = dataset.match.token_G[task.has_token]
+        sums_V[:, tokens] += sums_G[:, task.has_token]
         cells_V[tokens] += task.is_train.sum()
-    return (expressing_V / np.maximum(cells_V, 1)).astype(np.float32)
+    frequency_V, mean_log_V = (sums_V / np.maximum(cells_V, 1)).astype(np.float32)
+    mean_log_V[cells_V == 0] = mean_log_V[cells_V > 0].mean()
+    return GeneLevels(frequency_V, mean_log_V)

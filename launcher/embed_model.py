@@ -56,12 +56,14 @@ class Embedder:
     def __init__(self, folder: EmbedFolder, weights: Path, device: torch.device) -> None:
         self.config: EmbedConfig = load_resolved_embed_config(folder.config)
         self.vocabulary: GeneVocabulary
-        self.vocabulary, self.frequency_V = load_saved_vocabulary(folder.vocabulary)
+        self.vocabulary, levels = load_saved_vocabulary(folder.vocabulary)
+        self.frequency_V = levels.frequency_V
         self._tie_rank_V = self.vocabulary.tie_rank_V
         self._device = device
         self._model = StateEmbedding(
             self.config.model,
             self.vocabulary.values_VE,
+            torch.from_numpy(levels.mean_log_V),
             num_datasets=len(self.config.datasets),
         )
         saved = torch.load(weights, map_location="cpu", weights_only=True)

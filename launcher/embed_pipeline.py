@@ -12,7 +12,7 @@ from data_store.files import sha256_of_file, write_json_atomically
 from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
 from launcher.embed_apply import score_held_out
-from launcher.embed_data import EmbedDataset, compute_frequency, open_datasets
+from launcher.embed_data import EmbedDataset, compute_levels, open_datasets
 from launcher.embed_folder import EmbedFolder, best_checkpoint
 from launcher.embed_task import EmbedTask
 from launcher.errors import LaunchError
@@ -103,6 +103,7 @@ class EmbedPipeline:
                 [sha256_of_file(path) for path in config.genes.tables],
                 [dataset.gene_column for dataset in config.datasets.values()],
                 config.data.val_share,
+                config.data.target_sum,
                 config.seed,
             ),
             outputs=[self.folder.vocabulary, self.folder.genes],
@@ -142,8 +143,13 @@ class EmbedPipeline:
         datasets = open_datasets(self.config, vocabulary)
         for dataset in datasets:
             self._reporter.say(f"  {describe_match(dataset.match, dataset.name)}")
-        frequency_V = compute_frequency(datasets, len(vocabulary.names), self._cluster.run_tasks)
-        save_vocabulary(self.folder.vocabulary, vocabulary, frequency_V)
+        levels = compute_levels(
+            datasets,
+            len(vocabulary.names),
+            self.config.data.target_sum,
+            self._cluster.run_tasks,
+        )
+        save_vocabulary(self.folder.vocabulary, vocabulary, levels)
         report = {dataset.name: dataset.match.report() for dataset in datasets}
         write_json_atomically(self.folder.genes, report)
 

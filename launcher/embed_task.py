@@ -37,10 +37,15 @@ class EmbedTask:
 
     def build(self, config: EmbedConfig, settings: TrainConfig, place: Place) -> Training:
         """Build the model, the same for the same seed, and its data."""
-        vocabulary, _ = load_saved_vocabulary(EmbedFolder(self.run_dir).vocabulary)
+        vocabulary, levels = load_saved_vocabulary(EmbedFolder(self.run_dir).vocabulary)
         datasets = open_datasets(config, vocabulary)
         torch.manual_seed(config.seed)
-        model = StateEmbedding(config.model, vocabulary.values_VE, num_datasets=len(datasets))
+        model = StateEmbedding(
+            config.model,
+            vocabulary.values_VE,
+            torch.from_numpy(levels.mean_log_V),
+            num_datasets=len(datasets),
+        )
         num_shared = count_shared(config, known_tokens(datasets))
         objective = EmbeddingObjective(model, config.loss, num_shared=num_shared)
         num_asked = config.data.num_expressed + config.data.num_unexpressed + num_shared

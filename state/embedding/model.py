@@ -48,16 +48,29 @@ class StateEmbedding(nn.Module):
     table_VE
         The gene table. It is scaled to rows of length 1, stays float32, and is not in the
         checkpoint: the run folder keeps it once.
+    mean_log_V
+        Mean log count of each gene in the training cells, kept likewise: what is decoded is a
+        difference to it (``config.decode_from_mean``).
     num_datasets
         C; with one there is no classifier.
     """
 
     table_VE: Tensor
+    mean_log_V: Tensor
 
-    def __init__(self, config: EmbedModelConfig, table_VE: Tensor, *, num_datasets: int) -> None:
+    def __init__(
+        self,
+        config: EmbedModelConfig,
+        table_VE: Tensor,
+        mean_log_V: Tensor,
+        *,
+        num_datasets: int,
+    ) -> None:
         super().__init__()
         width = config.hidden_dim
         self.register_buffer("table_VE", F.normalize(table_VE.float(), dim=1), persistent=False)
+        origin_V = mean_log_V if config.decode_from_mean else torch.zeros_like(mean_log_V)
+        self.register_buffer("mean_log_V", origin_V, persistent=False)
         self.gene_encoder = GeneEncoder(table_VE.shape[1], width)
         self.bins = ExpressionBins(config.num_bins, config.bin_hidden_dim, width)
         self.cls_D, self.ds_D = special_token(width), special_token(width)
@@ -105,4 +118,4 @@ class StateEmbedding(nn.Module):
         """Decode the log counts of genes, [B, K] float32, from embeddings and read depth."""
         parts = (embedding.cell_BO, depth_B, embedding.dataset_BR)
         decoded_BK: Tensor = self.decoder(genes_VD, asked_BK, *parts)
-        return decoded_BK
+        return self.mean_log_V[asked_BK] + decoded_BK

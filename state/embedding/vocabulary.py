@@ -50,6 +50,16 @@ class GeneVocabulary:
 
 
 @dataclass(frozen=True, eq=False)
+class GeneLevels:
+    """How much the training cells express each gene, of datasets that have the gene."""
+
+    frequency_V: npt.NDArray[np.float32]
+    """[V] share of the cells that express it; 0 where no dataset has it."""
+    mean_log_V: npt.NDArray[np.float32]
+    """[V] mean log count; where no dataset has it, the mean of the other genes."""
+
+
+@dataclass(frozen=True, eq=False)
 class GeneMatch:
     """Where the genes of one dataset are in a vocabulary."""
 
@@ -197,21 +207,31 @@ def _read_table(path: Path) -> list[tuple[str, Tensor, str]]:
     return found
 
 
-def save_vocabulary(
-    path: Path, vocabulary: GeneVocabulary, frequency_V: npt.NDArray[np.float32]
-) -> None:
-    """Write a vocabulary, with the share of training cells that express each gene, atomically."""
+def save_vocabulary(path: Path, vocabulary: GeneVocabulary, levels: GeneLevels) -> None:
+    """Write a vocabulary and how much training cells express each of its genes, atomically."""
     content = {
         "names": list(vocabulary.names),
         "values": vocabulary.values_VE,
-        "frequency": torch.from_numpy(frequency_V),
+        "frequency": torch.from_numpy(levels.frequency_V),
+        "mean_log": torch.from_numpy(levels.mean_log_V),
     }
     with file_made_whole(path) as temporary:
         torch.save(content, temporary)
 
 
-def load_saved_vocabulary(path: Path) -> tuple[GeneVocabulary, npt.NDArray[np.float32]]:
-    """Read what ``save_vocabulary`` wrote."""
+def load_saved_vocabulary(path: Path) -> tuple[GeneVocabulary, GeneLevels]:
+    """Read what ``save_vocabulary`` wrote.
+
+    Raises
+    ------
+    ConfigError
+        If it is of a version that did not write all of it.
+    """
     content = torch.load(path, map_location="cpu", weights_only=True)
+    if "mean_log" not in content:
+        raise ConfigError(
+            f"{path} is of an older version of statewide. Train anew: statewide embed train "
+            "RECIPE --overwrite"
+        )
     vocabulary = GeneVocabulary(tuple(content["names"]), content["values"])
-    return vocabulary, content["frequency"].numpy()
+    return vocabulary, GeneLevels(content["frequency"].numpy(), content["mean_log"].numpy())

@@ -61,7 +61,8 @@ def tiny_model(*, num_datasets: int = 3, table_dim: int = 7, **changes) -> State
     torch.manual_seed(1)
     table = torch.randn(NUM_GENES, table_dim)
     config = EmbedModelConfig(**(TINY | changes))
-    return StateEmbedding(config, table, num_datasets=num_datasets)
+    mean_log = torch.rand(NUM_GENES)
+    return StateEmbedding(config, table, mean_log, num_datasets=num_datasets)
 
 
 def as_tensors(batch: TokenBatch) -> tuple[torch.Tensor, ...]:

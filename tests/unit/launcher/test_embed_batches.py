@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_store.row_reader import StoreRows
 from data_store.schema import run_in_process
 from launcher.embed_batches import build_embed_source, prefetch, spread_seeds
-from launcher.embed_data import compute_frequency, known_tokens, list_gene_names, open_datasets
+from launcher.embed_data import compute_levels, known_tokens, list_gene_names, open_datasets
 from launcher.training import Place
 from state.config import ConfigError
 from state.embedding.vocabulary import load_vocabulary
@@ -23,11 +24,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_embed_recipe(tmp_path_factory.mktemp("se"))
 
 
-def open_source(recipe: Path, *overrides: str, rank=0, world_size=1, micro_batch_size=8):
+def open_source(
+    recipe: Path, *overrides: str, rank=0, world_size=1, micro_batch_size=8, grad_accum_steps=1
+):
     config = load_embed_config(recipe, overrides)
     vocabulary = load_vocabulary(config.genes.tables)
     datasets = open_datasets(config, vocabulary)
-    settings = config.train.model_copy(update={"micro_batch_size": micro_batch_size})
+    settings = config.train.model_copy(
+        update={"micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps}
+    )
     place = Place(rank, world_size, CPU)
     return build_embed_source(config, settings, datasets, vocabulary.tie_rank_V, place)
 
@@ -69,6 +74,33 @@ def test_two_ranks_see_what_one_sees(recipe: Path):
         np.testing.assert_array_equal(pad(whole, 20), together)
 
 
+@pytest.mark.parametrize("override", ["data.resident_gib=4", "data.resident_gib=0"])
+def test_accumulated_micro_batches_are_those_of_two_ranks(recipe: Path, override: str):
+    """Also what is drawn for an optimiser step, and across the ends of epochs and windows."""
+    alone = open_source(recipe, override, micro_batch_size=4, grad_accum_steps=2)
+    accumulated = take(alone, 60)
+    for rank in (0, 1):
+        other = open_source(recipe, override, rank=rank, world_size=2, micro_batch_size=4)
+        assert all(same(a, b) for a, b in zip(accumulated[rank::2], take(other, 30), strict=True))
+    asked = [batch.asked_BK[:, -6:] for batch in accumulated]
+    assert all((one == two).all() for one, two in zip(asked[::2], asked[1::2], strict=True))
+    assert any((one != two).any() for one, two in zip(asked[::2], asked[2::2], strict=False))
+
+
+def test_a_window_is_read_once(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    """An epoch of 180 cells is one window: 3 readings of each store in 52 micro-batches of 8."""
+    reads = []
+    take_rows = StoreRows.take_count_rows
+
+    def spy(self, rows, *arguments):
+        reads.append(len(rows))
+        return take_rows(self, rows, *arguments)
+
+    monkeypatch.setattr(StoreRows, "take_count_rows", spy)
+    take(open_source(recipe, "data.resident_gib=0", "data.prefetch_batches=0"), 52)
+    assert len(reads) == 3 * 2
+
+
 def test_datasets_come_by_weight(recipe: Path):
     """By weight 108 to 100: dataset one has 108 training cells, and two the weight 100."""
     batches = take(open_source(recipe), 26)
@@ -96,16 +128,22 @@ def test_genes_without_a_token_are_not_read(recipe: Path):
         assert batch.asked_BK.max() < 50
 
 
-def test_gene_frequencies_are_those_of_the_training_cells(recipe: Path):
+@pytest.mark.parametrize("target_sum", [None, 100.0])
+def test_gene_levels_are_those_of_the_training_cells(recipe: Path, target_sum: float | None):
     config = load_embed_config(recipe)
     vocabulary = load_vocabulary(config.genes.tables)
     datasets = open_datasets(config, vocabulary)
-    frequency = compute_frequency(datasets, len(vocabulary.names), run_in_process)
-    expressed = np.concatenate(
-        [(d.store.read_counts(0, d.store.num_cells)[d.train_rows] > 0).toarray() for d in datasets]
-    )
-    np.testing.assert_allclose(frequency[:50], expressed.mean(0)[:50], rtol=1e-6)
-    assert frequency[50:].tolist() == [0, 0]
+    levels = compute_levels(datasets, len(vocabulary.names), target_sum, run_in_process)
+    counts = np.concatenate(
+        [d.store.read_counts(0, d.store.num_cells)[d.train_rows].toarray() for d in datasets]
+    )[:, :50].astype(np.float64)
+    np.testing.assert_allclose(levels.frequency_V[:50], (counts > 0).mean(0), rtol=1e-6)
+    assert levels.frequency_V[50:].tolist() == [0, 0]
+    if target_sum is not None:
+        counts *= target_sum / counts.sum(1, keepdims=True)
+    mean_log = np.log1p(counts).mean(0)
+    np.testing.assert_allclose(levels.mean_log_V[:50], mean_log, rtol=1e-6)
+    np.testing.assert_allclose(levels.mean_log_V[50:], mean_log.mean(), rtol=1e-6)
     assert len(known_tokens(datasets)) == 50
     assert all(not set(d.train_rows) & set(d.val_rows) for d in datasets)
 

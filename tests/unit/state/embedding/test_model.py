@@ -89,6 +89,7 @@ CHANGES = {
     "bin_hidden_dim": 4,
     "norm": "post",
     "dropout": 0.5,
+    "decode_from_mean": False,
 }
 
 

@@ -8,6 +8,7 @@ import torch
 
 from state.config import ConfigError
 from state.embedding.vocabulary import (
+    GeneLevels,
     GeneVocabulary,
     describe_match,
     load_saved_vocabulary,
@@ -92,8 +93,15 @@ def test_ties_are_ranked_by_name_alone():
 
 def test_a_saved_vocabulary_reads_back(tmp_path: Path):
     frequency = np.array([0.5, 0, 1, 0.25], dtype=np.float32)
-    save_vocabulary(tmp_path / "v.pt", VOCABULARY, frequency)
+    save_vocabulary(tmp_path / "v.pt", VOCABULARY, GeneLevels(frequency, 2 * frequency))
     vocabulary, read = load_saved_vocabulary(tmp_path / "v.pt")
     assert vocabulary.names == VOCABULARY.names
     assert torch.equal(vocabulary.values_VE, VOCABULARY.values_VE)
-    np.testing.assert_array_equal(read, frequency)
+    np.testing.assert_array_equal(read.frequency_V, frequency)
+    np.testing.assert_array_equal(read.mean_log_V, 2 * frequency)
+
+
+def test_a_vocabulary_of_an_older_version_is_refused(tmp_path: Path):
+    torch.save({"names": ["A"], "values": torch.ones(1, 1)}, tmp_path / "v.pt")
+    with pytest.raises(ConfigError, match="older version.*--overwrite"):
+        load_saved_vocabulary(tmp_path / "v.pt")
