@@ -76,7 +76,8 @@ class SharedCopies:
         like
             Arrays of the shapes and types wanted. They are not touched.
         fill
-            Writes the content into such arrays. Called in at most one process at a time.
+            Writes the content into such arrays. Called in at most one process at a time; its
+            errors are the caller's.
 
         Returns
         -------
@@ -89,15 +90,26 @@ class SharedCopies:
             digest.update(len(part).to_bytes(8, "little") + part)
         name = digest.hexdigest()[:32]
         size = _layout(like)[-1]
+        failed: list[OSError] = []
+
+        def fill_or_note(arrays: Sequence[Array]) -> None:
+            try:
+                fill(arrays)
+            except OSError as error:
+                failed.append(error)
+                raise
+
         try:
             self._make_folder()
             with _locked(self._folder / f"{name}.lock"):
                 self.remove_orphans()
                 path = self._folder / f"{name}.copy"
                 if not path.exists():
-                    self._write(path, size, like, fill)
+                    self._write(path, size, like, fill_or_note)
                 return _map(path, like)
         except OSError as error:
+            if failed:
+                raise
             logger.warning(
                 "%.2f GiB of expression are not shared by the workers of this node (%s): each "
                 "holds its own copy. In a container, give it more shared memory: docker run "

@@ -80,6 +80,7 @@ def apply(
     ] = False,
     address: AddressOpt = None,
     local: LocalOpt = False,
+    wait_resources: WaitOpt = DEFAULT_WAIT_RESOURCES_S,
 ) -> None:
     """Embed every cell of a file or store, in a stream; say how well genes are detected.
 
@@ -107,7 +108,9 @@ def apply(
         use_gpu=config.cluster.use_gpu and not cpu,
         gene_column=gene_column,
     )
-    with open_cluster(address, local=local) as (cluster, _):
+    wanted = config.cluster.model_copy(update={"use_gpu": settings.use_gpu})
+    with open_cluster(address, local=local, wait_resources_s=wait_resources) as (cluster, _):
+        cluster.require_task(wanted)
         matched, scores = embed_file(
             source, expression, folder, config, checkpoint, settings, cluster.run_tasks
         )

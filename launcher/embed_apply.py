@@ -25,9 +25,15 @@ from data_store.expression_source import (
     read_block,
     stored_by_row,
 )
-from data_store.files import file_made_whole, full_disk_is_a_user_error, write_json_atomically
+from data_store.files import (
+    TransientError,
+    file_made_whole,
+    full_disk_is_a_user_error,
+    sha256_of_file,
+    write_json_atomically,
+)
 from data_store.locate import describe_input, find_files
-from data_store.schema import InputPath, StoreError, TaskRunner
+from data_store.schema import InputPath, StoreError, TaskRunner, UserError
 from data_store.store import Store
 from launcher.embed_data import EmbedDataset, list_gene_names
 from launcher.embed_folder import EmbedFolder
@@ -56,6 +62,8 @@ class EmbedBlock:
 
     run_dir: Path
     weights: Path
+    weights_digest: str
+    """By which a process tells whether it holds this model already."""
     reader: Reader
     rows: npt.NDArray[np.int64]
     """Rows of the input, ascending."""
@@ -101,10 +109,11 @@ def embed_block(block: EmbedBlock) -> BlockScores:
             return BlockScores(**saved)
     if block.num_gpus and not torch.cuda.is_available():
         raise LaunchError(
-            "the run was trained with cluster.use_gpu = true, but torch finds no CUDA GPU here. "
-            "Embed on CPUs: --cpu"
+            "cluster.use_gpu = true, but torch finds no CUDA GPU on this node. To compute on "
+            "CPUs: cluster.use_gpu=false (embed apply: --cpu)"
         )
-    embedder = load_embedder(block.run_dir, block.weights, "cuda" if block.num_gpus else "cpu")
+    device = "cuda" if block.num_gpus else "cpu"
+    embedder = load_embedder(block.run_dir, block.weights, block.weights_digest, device)
     values = read_block(RowBlock(block.rows), block.reader, as_counts=True)
     if not has_whole_values(values):
         raise StoreError(
@@ -174,17 +183,23 @@ def embed_file(
     identity = fingerprint(
         _describe_source(source, expression),
         expression.query.layer,
-        checkpoint.run_fingerprint,
-        checkpoint.progress.step,
+        sha256_of_file(checkpoint.weights_path),
         match.column,
         settings.rows_per_block,
     )
     _prepare_parts(parts, identity)
-    with stored_by_row(
-        expression, out.parent, run_tasks, rows_per_block=settings.rows_per_block
-    ) as by_row:
-        blocks = _cut_blocks(by_row, folder, config, checkpoint, match, settings, parts)
-        found = list(run_tasks(embed_block, blocks, what="embedding", unit="cells"))
+    try:
+        with stored_by_row(
+            expression, out.parent, run_tasks, rows_per_block=settings.rows_per_block
+        ) as by_row:
+            blocks = _cut_blocks(by_row, folder, config, checkpoint, match, settings, parts)
+            found = list(run_tasks(embed_block, blocks, what="embedding", unit="cells"))
+    except TransientError:
+        raise
+    except UserError:
+        # What was refused once is refused again: no use keeping the parts before it.
+        shutil.rmtree(parts)
+        raise
     scores = join_scores(found)
     with full_disk_is_a_user_error(out):
         provenance: dict[str, str | int] = {
@@ -228,13 +243,14 @@ def _cut_blocks(
     is_scored = np.zeros(len(rows), dtype=np.bool_)
     size = min(MAX_SCORED_CELLS, len(rows))
     is_scored[np.random.default_rng(config.seed).choice(len(rows), size, replace=False)] = True
-    blocks = []
+    digest, blocks = sha256_of_file(checkpoint.weights_path), []
     for number, block in enumerate(cut_rows(rows, settings.rows_per_block)):
         first = number * settings.rows_per_block
         blocks.append(
             EmbedBlock(
                 run_dir=folder.path,
                 weights=checkpoint.weights_path,
+                weights_digest=digest,
                 reader=expression.reader,
                 rows=block.rows,
                 match=match,
@@ -266,7 +282,7 @@ def score_held_out(
     run_tasks: TaskRunner,
 ) -> dict[str, DetectionScores]:
     """Score the decoder on held-out cells of each dataset."""
-    blocks = []
+    digest, blocks = sha256_of_file(checkpoint.weights_path), []
     for dataset in datasets:
         size = min(MAX_SCORED_CELLS, len(dataset.val_rows))
         rng = np.random.default_rng(config.seed)
@@ -275,6 +291,7 @@ def score_held_out(
             EmbedBlock(
                 run_dir=folder.path,
                 weights=checkpoint.weights_path,
+                weights_digest=digest,
                 reader=dataset.store,
                 rows=rows,
                 match=dataset.match,

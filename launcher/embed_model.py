@@ -162,6 +162,10 @@ def _look_up_expressed(
 
 
 @lru_cache(maxsize=1)
-def load_embedder(run_dir: Path, weights: Path, device: str) -> Embedder:
-    """Load a model once for all blocks that a process embeds."""
+def load_embedder(run_dir: Path, weights: Path, weights_digest: str, device: str) -> Embedder:
+    """Load a model once for all blocks that a process embeds.
+
+    The digest tells a model that was trained anew in the same folder from the one before.
+    """
+    del weights_digest
     return Embedder(EmbedFolder(run_dir), weights, torch.device(device))

@@ -166,6 +166,7 @@ class EmbedPipeline:
         train(task, config, self._reporter)
 
     def _score(self) -> None:
+        self._cluster.require_task(self.config.cluster)
         checkpoint = best_checkpoint(self.folder)
         vocabulary, _ = load_saved_vocabulary(self.folder.vocabulary)
         datasets: list[EmbedDataset] = open_datasets(self.config, vocabulary)

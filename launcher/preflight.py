@@ -207,7 +207,9 @@ def _ways_out(wanted: ClusterConfig, fits: int) -> str:
     ways = [
         f"cluster.num_workers={fits}" if fits else "a smaller cluster.cpus_per_worker",
         "a larger cluster (--address)",
-        "cluster.use_gpu=false" if wanted.use_gpu else "--local, to train in this process",
+        "cluster.use_gpu=false (embed apply: --cpu)"
+        if wanted.use_gpu
+        else "--local, to train in this process",
     ]
     return f"Use one of: {'; '.join(ways)}"
 

@@ -25,6 +25,7 @@ from launcher.preflight import refuse_shortage, require_room
 from launcher.progress import Reporter
 from launcher.ray_nodes import RaySupply, check_other_nodes
 from launcher.training import TrainingConfig
+from state.config_cluster import ClusterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -107,17 +108,32 @@ class RayCluster:
             Saying what was asked for, what exists, and three ways out (Ray itself would wait for
             ever); or which nodes have other versions or do not share the storage.
         """
-        self.connect()
-        supply = RaySupply()
+        self._require_room(config.cluster)
         if self._address is None:
-            refuse_shortage(config.cluster, supply.nodes())
             return
-        require_room(config.cluster, supply, wait_s=self._wait_resources_s, say=self._reporter.say)
         num_others = check_other_nodes(config)
         if num_others:
             self._reporter.say(
                 f"other nodes: {num_others}, with the same versions and storage", "dim"
             )
+
+    def require_task(self, wanted: ClusterConfig) -> None:
+        """Wait until the cluster holds one task with the CPUs and GPU of a training worker.
+
+        Raises
+        ------
+        LaunchError
+            As ``require``.
+        """
+        self._require_room(wanted.model_copy(update={"num_workers": 1}))
+
+    def _require_room(self, wanted: ClusterConfig) -> None:
+        self.connect()
+        supply = RaySupply()
+        if self._address is None:
+            refuse_shortage(wanted, supply.nodes())
+        else:
+            require_room(wanted, supply, wait_s=self._wait_resources_s, say=self._reporter.say)
 
     def run_tasks(
         self, task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str
@@ -168,10 +184,20 @@ class ThisProcess:
         LaunchError
             When ``use_gpu`` is set on a machine without a usable GPU.
         """
-        if config.cluster.use_gpu and not torch.cuda.is_available():
+        self.require_task(config.cluster)
+
+    def require_task(self, wanted: ClusterConfig) -> None:
+        """Check that a GPU is there if one was asked for.
+
+        Raises
+        ------
+        LaunchError
+            As ``require``.
+        """
+        if wanted.use_gpu and not torch.cuda.is_available():
             raise LaunchError(
                 "cluster.use_gpu = true, but torch finds no CUDA GPU in this process. Set "
-                "cluster.use_gpu=false, or see: statewide doctor"
+                "cluster.use_gpu=false (embed apply: --cpu), or see: statewide doctor"
             )
 
     def run_tasks(

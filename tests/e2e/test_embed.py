@@ -100,6 +100,7 @@ def test_mistakes_are_named_and_leave_nothing(recipe: Path, tmp_path: Path):
         assert failed.returncode == 2, failed.stderr
         assert part in failed.stderr
         assert not out.exists()
+        assert not list(tmp_path.glob(".*")), "parts are left"
     assert "is the input" in embed(recipe, folder / "two.h5ad").stderr
     elsewhere = statewide("embed", "apply", tmp_path, folder / "two.h5ad", "--out", out, "--local")
     assert "not a run folder" in elsewhere.stderr

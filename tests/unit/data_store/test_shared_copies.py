@@ -186,11 +186,12 @@ def test_whoever_waits_for_a_killed_maker_makes_the_copy(tmp_path, context):
     assert files(tmp_path) == [".copy", ".lock"]
 
 
-def test_an_error_while_filling_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("error", [KeyError, OSError])
+def test_an_error_while_filling_is_the_callers_and_leaves_nothing(tmp_path, error):
     def fail(arrays):
-        raise KeyError("torn shard")
+        raise error("torn shard")
 
-    with pytest.raises(KeyError, match="torn shard"):
+    with pytest.raises(error, match="torn shard"):
         share(tmp_path, fill=fail)
     assert files(tmp_path) == [".lock"]
     SharedCopies(tmp_path).remove_orphans()
