@@ -17,6 +17,7 @@ def make_block(folder: Path, **changes) -> EmbedBlock:
     block = EmbedBlock(
         run_dir=folder / "absent",
         weights=folder / "absent.pt",
+        weights_digest="0",
         reader=None,
         rows=np.arange(2),
         match=match,
