@@ -8,6 +8,7 @@ Shape legend: n rows, m pieces of a deal.
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ Array = npt.NDArray[Any]
 
 _HEADER_BYTES = 64
 _ALIGNMENT = 8
+# A stretch of rows has a few thousand pieces, which are read faster than they are searched; a
+# stretch of columns has a piece of every cell of its file.
+_PLACES_AT_ONCE = 1 << 15
 
 
 class Pieces(NamedTuple):
@@ -103,13 +107,12 @@ class Deals:
         """
         for path in self.paths:
             with _DealReader(path) as deal:
-                places = deal.read("places")
-                first, last = (int(at) for at in np.searchsorted(places, [start, stop]))
+                first, last = deal.find(start, stop)
                 if first < last:
                     indptr = deal.read("indptr", first, last + 1)
                     begin, end = int(indptr[0]), int(indptr[-1])
                     yield Pieces(
-                        places[first:last] - start,
+                        deal.read("places", first, last) - start,
                         indptr - begin,
                         deal.read("genes", begin, end),
                         deal.read("values", begin, end),
@@ -214,6 +217,19 @@ class _DealReader:
 
     def __exit__(self, *error: object) -> None:
         self._handle.close()
+
+    def find(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the first piece of store rows ``start:stop``, and the one after the last."""
+        size = self._arrays["places"][2]
+        if size <= _PLACES_AT_ONCE:
+            first, last = np.searchsorted(self.read("places"), [start, stop])
+            return int(first), int(last)
+
+        def place(at: int) -> int:
+            return int(self.read("places", at, at + 1)[0])
+
+        first = bisect_left(range(size), start, key=place)
+        return first, bisect_left(range(size), stop, lo=first, key=place)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Array:
         """Read elements ``first:last`` of an array, all by default."""

@@ -1,5 +1,6 @@
 """Dealing: any layout gives the same rows, in bounded pieces, after any interruption."""
 
+import itertools
 import os
 import warnings
 from dataclasses import replace
@@ -12,7 +13,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_store import deal, expression_source
+from data_store import deal, deal_file, expression_source
 from data_store.atlas import open_source
 from data_store.deal import DealJob, deal_atlas, estimate_nnz, order_by_key, plan_deals
 from data_store.expression_source import open_expression, stored_by_row
@@ -103,7 +104,10 @@ def test_rows_of_any_layout_come_in_store_order(
     assert dealt.deals.dtype == "uint8"
     assert np.array_equal(dealt.library_size, expected.sum(axis=1))
     assert np.array_equal(dealt.nnz, np.count_nonzero(expected, axis=1))
-    for start, stop in ((0, 170), (3, 4), (50, 121), (169, 170), (7, 7)):
+    spans = ((0, 170), (3, 4), (50, 121), (169, 170), (7, 7))
+    # Each also with the rows looked up one by one, as in a file with very many.
+    for at_once, (start, stop) in itertools.product((1 << 15, 0), spans):
+        monkeypatch.setattr(deal_file, "_PLACES_AT_ONCE", at_once)
         rows = dealt.deals.read(start, stop)
         assert np.array_equal(to_dense(rows, 40).toarray(), expected[start:stop])
         assert all((np.diff(part) > 0).all() for part in np.split(rows.genes, rows.indptr[1:-1]))
