@@ -18,13 +18,13 @@ from tests.support.embed_runs import write_embed_recipe
 pytestmark = pytest.mark.distributed
 
 
-def prepare(recipe: Path, run_dir: Path) -> None:
+def prepare(recipe: Path, run_dir: Path, zero_stage: int) -> None:
     """Make the run folder as it is when training begins."""
     config = load_embed_config(recipe, [f"output_dir={run_dir}"])
     reporter = Reporter()
     pipeline = EmbedPipeline(config, ThisProcess(reporter), reporter)
     pipeline.folder.adopt(config, overwrite=False)
-    pipeline.folder.deepspeed.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    pipeline.folder.deepspeed.write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
     pipeline.write_vocabulary()
 
 
@@ -38,15 +38,17 @@ def train(run_dir: Path, micro_batch_size: int):
 
 
 def test_two_workers_train_as_one(tmp_path: Path):
+    """Also where each holds a part of the weights (ZeRO 3)."""
     recipe = write_embed_recipe(tmp_path)
     records = []
-    for name, num_workers in (("alone", 1), ("pair", 2)):
+    for name, num_workers, zero_stage in (("alone", 1, 1), ("pair", 2, 1), ("parts", 2, 3)):
         run_dir = tmp_path / name
-        prepare(recipe, run_dir)
+        prepare(recipe, run_dir, zero_stage)
         progress = spawn(train, num_workers, run_dir, 8 // num_workers)
         assert {p.step for p in progress} == {12}
         assert {p.sets_consumed for p in progress} == {96}
         records.append(read_metrics(run_dir / "metrics.jsonl"))
     for tag in ("train/loss", "train/cells", "train/dataset", "train/grad_norm", "val/loss"):
-        alone, pair = ([r[tag] for r in record if tag in r] for record in records)
-        np.testing.assert_allclose(alone, pair, rtol=1e-4, err_msg=tag)
+        alone, *others = ([r[tag] for r in record if tag in r] for record in records)
+        for other in others:
+            np.testing.assert_allclose(alone, other, rtol=1e-4, err_msg=tag)
