@@ -23,6 +23,7 @@ from launcher import figures_evaluation as draw
 from launcher.effects import read_effects
 from launcher.figure_style import DPI, save_figure
 from launcher.predict_job import STATE
+from launcher.run_board import write_run_board
 from launcher.run_folder import RunFolder
 from launcher.statistics_job import write_tensorboard
 from state.config import RunConfig
@@ -82,6 +83,15 @@ def write_run_report(
     """
     pictures = _draw_figures(config, folder, sub_runs)
     write_tensorboard(folder.tensorboard / "evaluate", pictures, "evaluate")
+    write_run_board(
+        folder.tensorboard / "run",
+        dump_config(config),
+        config.model_dump(mode="json"),
+        pd.read_csv(folder.evaluation / "leaderboard.csv"),
+        (folder.evaluation / "leaderboard.md").read_text(encoding="utf-8"),
+        read_effects(folder.evaluation),
+        STATE,
+    )
     provenance = collect_provenance(config, folder, sub_runs)
     write_text_atomically(folder.report, _build_html(config, folder, pictures, provenance))
 
