@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
@@ -27,7 +27,7 @@ from benchmarks.harness import REPO_ROOT
 from benchmarks.record import Finding, write_results
 from benchmarks.settings import Settings, Workers
 
-BENCHMARKS: Mapping[str, Callable[[Settings], Sequence[Finding]]] = {
+BENCHMARKS: Mapping[str, Callable[[Settings], Iterator[Finding]]] = {
     "preprocess": preprocess.run,
     "loader": loader.run,
     "mmd": mmd.run,
@@ -60,18 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
     for name in options.names or [name for name in BENCHMARKS if name not in ASKED_FOR]:
+        path = options.results / f"{name}.json"
+        partial = path.with_suffix(".partial.json")
+        findings: list[Finding] = []
         try:
-            findings = BENCHMARKS[name](settings)
+            # Each is printed and kept as it ends: what comes after it may fail, or take too long.
+            for finding in BENCHMARKS[name](settings):
+                findings.append(finding)
+                print(finding.table(), end="\n\n", flush=True)
+                write_results(partial, findings, command, asdict(settings))
         except BenchmarkError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            kept = f"; the comparisons before it are in {partial}" if findings else ""
+            print(f"{name}: {error}{kept}", file=sys.stderr)
             status = 1
             continue
         if not findings:
             print(f"{name}: nothing to measure without peers", file=sys.stderr)
             continue
-        path = options.results / f"{name}.json"
-        write_results(path, findings, command, asdict(settings))
-        print("\n\n".join(finding.table() for finding in findings))
+        partial.replace(path)
         print(f"  written to {path}\n", flush=True)
     return status
 

@@ -82,12 +82,11 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, float | str | boo
 def rank_de_genes(
     effects: Effects,
 ) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
-    """Return for perturbations, and for all together, which genes are truly significant and how
-    high the prediction ranks them.
+    """Return which genes are truly significant and how high the prediction ranks them.
 
-    A score is the share of genes of the perturbation that are predicted less significant, or as
-    significant with a smaller fold change, so a threshold of 0.9 takes its first tenth. The
-    perturbations with the most significant genes have a curve of their own.
+    For all perturbations together, and for those with the most significant genes by name. A score
+    is the share of genes of the perturbation that are predicted less significant, or as
+    significant with a smaller fold change: a threshold of 0.9 takes the first tenth.
     """
     is_real_PG = effects.real_fdr < _SIGNIFICANT_FDR
     size_PG = np.nan_to_num(np.abs(effects.pred_log2_fold_change), posinf=np.finfo(float).max)

@@ -161,3 +161,26 @@ def test_a_less_exact_loss_is_refused():
         check_errors({"ours": off_by(1.2e-5), "plain": off_by(1e-5)}, expected)
     with pytest.raises(BenchmarkError, match="does not compute this loss"):
         check_errors({"ours": off_by(0), "plain": off_by(0.5)}, expected)
+
+
+def test_what_was_measured_before_an_error_is_kept_apart(tmp_path, monkeypatch, capsys, comparison):
+    finished = tmp_path / "mmd.json"
+    finished.write_text("of an earlier day")
+
+    def fail_later(settings):
+        yield comparison
+        raise BenchmarkError("the second side disagrees")
+
+    monkeypatch.setitem(command.BENCHMARKS, "mmd", fail_later)
+    assert command.main(["mmd", "--results", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "made up" in captured.out
+    assert "the second side disagrees; the comparisons before it are in" in captured.err
+    partial = json.loads((tmp_path / "mmd.partial.json").read_text(encoding="utf-8"))
+    assert partial["comparisons"] == [comparison.describe()]
+    assert finished.read_text() == "of an earlier day"
+
+    monkeypatch.setitem(command.BENCHMARKS, "mmd", lambda settings: iter([comparison]))
+    assert command.main(["mmd", "--results", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mmd.json"]
+    assert "comparisons" in json.loads(finished.read_text(encoding="utf-8"))
