@@ -154,16 +154,19 @@ class EmbedPipeline:
         write_json_atomically(self.folder.genes, report)
 
     def _train(self) -> None:
-        config = self.config
-        self._cluster.require(config)
-        alone = isinstance(self._cluster, ThisProcess)
+        config, cluster = self.config, self._cluster
+        cluster.require(config)
+        alone = isinstance(cluster, ThisProcess)
         task = EmbedTask(
             run_dir=self.folder.path,
             run_fingerprint=self._run_fingerprint,
             division=divide_step(config, self._checkpoints.last(), alone=alone),
         )
-        train = train_here if alone else train_with_ray
-        train(task, config, self._reporter)
+        if isinstance(cluster, ThisProcess):
+            train_here(task, config, self._reporter)
+        else:
+            waits_s = cluster.wait_resources_s
+            train_with_ray(task, config, self._reporter, wait_resources_s=waits_s)
 
     def _score(self) -> None:
         self._cluster.require_task(self.config.cluster)

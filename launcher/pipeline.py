@@ -288,25 +288,27 @@ class Pipeline:
             outputs=[
                 *(self.folder.evaluation / name for name in LEADERBOARD_FILES),
                 self.folder.tensorboard / "evaluate",
+                self.folder.tensorboard / "run",
                 self.folder.report,
             ],
             work=lambda: evaluate_run(self.config, self.folder, self._cluster.run_tasks),
         )
 
     def _train(self) -> None:
-        config = self.config
-        self._cluster.require(config)
-        alone = isinstance(self._cluster, ThisProcess)
+        config, cluster = self.config, self._cluster
+        cluster.require(config)
+        alone = isinstance(cluster, ThisProcess)
         task = TrainTask(
             run_dir=self.folder.path,
             store=self.store.path,
             run_fingerprint=self._run_fingerprint,
             division=divide_step(config, self._checkpoints.last(), alone=alone),
         )
-        if alone:
+        if isinstance(cluster, ThisProcess):
             train_here(task, config, self._reporter)
         else:
-            train_with_ray(task, config, self._reporter)
+            waits_s = cluster.wait_resources_s
+            train_with_ray(task, config, self._reporter, wait_resources_s=waits_s)
 
     @cached_property
     def store(self) -> Store:

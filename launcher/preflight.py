@@ -90,7 +90,7 @@ def require_room(
             if clock() >= next_line:
                 next_line = clock() + _SECONDS_BETWEEN_LINES
                 say(
-                    f"waiting for {describe_demand(wanted)}: {_describe_nodes(supply.nodes())}; "
+                    f"waiting for {describe_demand(wanted)}: {describe_nodes(supply.nodes())}; "
                     f"{deadline - clock():.0f} s left (--wait-resources)"
                 )
     raise LaunchError(_explain_shortage(wanted, supply, wait_s))
@@ -113,7 +113,7 @@ def refuse_shortage(wanted: ClusterConfig, nodes: Sequence[Mapping[str, float]])
     fits = sum(workers_that_fit(node, wanted) for node in nodes)
     if fits < wanted.num_workers:
         raise LaunchError(
-            f"{_asked(wanted)}, but the cluster has {_describe_nodes(nodes)}, enough for {fits}. "
+            f"{_asked(wanted)}, but the cluster has {describe_nodes(nodes)}, enough for {fits}. "
             f"{_ways_out(wanted, fits)}"
         )
 
@@ -170,7 +170,7 @@ def _refuse_impossible(wanted: ClusterConfig, supply: Supply) -> None:
     )
     if most < wanted.num_workers:
         raise LaunchError(
-            f"{_asked(wanted)}, but the cluster has {_describe_nodes(nodes)} and may grow to hold "
+            f"{_asked(wanted)}, but the cluster has {describe_nodes(nodes)} and may grow to hold "
             f"{most:g} of them: {listing}. {_ways_out(wanted, int(most))}"
         )
 
@@ -180,7 +180,7 @@ def _explain_shortage(wanted: ClusterConfig, supply: Supply, wait_s: float) -> s
     fits = sum(workers_that_fit(node, wanted) for node in nodes)
     if fits >= wanted.num_workers:
         state = (
-            f"the cluster has {_describe_nodes(nodes)}, enough for {fits}, but others use them "
+            f"the cluster has {describe_nodes(nodes)}, enough for {fits}, but others use them "
             "(ray status shows who)"
         )
         fits = 0
@@ -191,7 +191,7 @@ def _explain_shortage(wanted: ClusterConfig, supply: Supply, wait_s: float) -> s
             if known is None
             else "the autoscaler did not add its nodes in time (see its log: ray monitor)"
         )
-        state = f"the cluster has {_describe_nodes(nodes)}, enough for {fits}; {growth}"
+        state = f"the cluster has {describe_nodes(nodes)}, enough for {fits}; {growth}"
     return (
         f"{_asked(wanted)}, and {wait_s:g} s were waited for them (--wait-resources), but {state}. "
         f"{_ways_out(wanted, fits)}"
@@ -214,7 +214,8 @@ def _ways_out(wanted: ClusterConfig, fits: int) -> str:
     return f"Use one of: {'; '.join(ways)}"
 
 
-def _describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
+def describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
+    """Say what nodes have in all."""
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     return f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes"
 

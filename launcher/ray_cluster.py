@@ -50,7 +50,8 @@ class RayCluster:
     """
 
     def __init__(self, address: str | None, reporter: Reporter, wait_resources_s: float) -> None:
-        self._wait_resources_s = wait_resources_s
+        self.wait_resources_s = wait_resources_s
+        """Seconds to wait for CPUs, GPUs and nodes."""
         self._address = address or os.environ.get("RAY_ADDRESS") or None
         self._reporter = reporter
         self._connected_here = False
@@ -133,7 +134,7 @@ class RayCluster:
         if self._address is None:
             refuse_shortage(wanted, supply.nodes())
         else:
-            require_room(wanted, supply, wait_s=self._wait_resources_s, say=self._reporter.say)
+            require_room(wanted, supply, wait_s=self.wait_resources_s, say=self._reporter.say)
 
     def run_tasks(
         self, task: Callable[[Item], Result], items: Sequence[Item], *, what: str, unit: str

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -25,6 +27,8 @@ from data_store.shared_copies import SharedCopies
 from launcher.errors import Interrupted, LaunchError
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
+from launcher.ray_nodes import RaySupply
+from launcher.room_watch import RoomWatch, watching
 from launcher.run_folder import RunFolder
 from launcher.train_worker import run_worker
 from launcher.training import TrainingConfig, TrainingTask
@@ -34,7 +38,9 @@ _FAILURE_NAME = "train_failure.txt"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
-def train_with_ray(task: TrainingTask, config: TrainingConfig, reporter: Reporter) -> None:
+def train_with_ray(
+    task: TrainingTask, config: TrainingConfig, reporter: Reporter, *, wait_resources_s: float
+) -> None:
     """Train on ``cluster.num_workers`` Ray workers; a failed group restarts from ``last``.
 
     Raises
@@ -42,7 +48,8 @@ def train_with_ray(task: TrainingTask, config: TrainingConfig, reporter: Reporte
     UserError
         When training stopped for a reason the user can mend.
     LaunchError
-        When the workers failed more often than ``cluster.max_failures``.
+        When the workers failed more often than ``cluster.max_failures``, or nodes that the
+        cluster lost were not back after ``wait_resources_s`` seconds.
     """
     folder = RunFolder(task.run_dir)
     failure, ray_folder = folder.logs / _FAILURE_NAME, folder.logs / "ray"
@@ -68,7 +75,11 @@ def train_with_ray(task: TrainingTask, config: TrainingConfig, reporter: Reporte
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
-    with show_training(folder, config, reporter):
+    watch = RoomWatch(config.cluster, wait_resources_s, reporter.say)
+    with (
+        show_training(folder, config, reporter),
+        watching(watch, RaySupply().nodes, partial(os.kill, os.getpid(), signal.SIGINT)),
+    ):
         try:
             # Ray Train's own handler would outlive it, and swallow every later Ctrl-C.
             with own_signal_handlers():

@@ -1,0 +1,119 @@
+"""Watch a cluster that trains: say when it has lost nodes, and do not wait for them for ever.
+
+Ray Train starts a failed group of workers again, but where a node is gone it waits for another
+without a word and without an end. Tests: ``pytest tests/unit/launcher/test_room_watch.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from launcher.errors import LaunchError
+from launcher.preflight import describe_demand, describe_nodes, workers_that_fit
+from state.config_cluster import ClusterConfig
+
+SECONDS_BETWEEN_LOOKS = 5.0
+
+
+class RoomWatch:
+    """What is known of the room for the workers.
+
+    Parameters
+    ----------
+    wanted
+        The workers.
+    wait_s
+        Seconds that a shortage may last.
+    say
+        Shows a line to the user.
+    """
+
+    def __init__(self, wanted: ClusterConfig, wait_s: float, say: Callable[[str], object]) -> None:
+        self._wanted, self._wait_s, self._say = wanted, wait_s, say
+        self._short_since_s: float | None = None
+
+    def look(self, nodes: Sequence[Mapping[str, float]], now_s: float) -> None:
+        """Take note of the living nodes.
+
+        Raises
+        ------
+        LaunchError
+            When the cluster has been too small for too long.
+        """
+        fits = sum(workers_that_fit(node, self._wanted) for node in nodes)
+        if fits >= self._wanted.num_workers:
+            if self._short_since_s is not None:
+                self._say(f"the cluster has room again, after {now_s - self._short_since_s:.0f} s")
+            self._short_since_s = None
+            return
+        lost = (
+            f"training needs {describe_demand(self._wanted)}, but the cluster lost nodes and has "
+            f"{describe_nodes(nodes)}, enough for {fits}"
+        )
+        if self._short_since_s is None:
+            self._short_since_s = now_s
+            self._say(
+                f"{lost}. It goes on from its last checkpoint when they are back; waiting at most "
+                f"{self._wait_s:g} s (--wait-resources)"
+            )
+        elif now_s - self._short_since_s >= self._wait_s:
+            fewer = f", with cluster.num_workers={fits}," if fits else ""
+            raise LaunchError(
+                f"{lost}, and {self._wait_s:g} s were waited for them (--wait-resources). Start "
+                "the nodes again (ray status lists those that are there) and run the same "
+                f"command: it goes on from the last checkpoint. Or run it{fewer} on another "
+                "cluster (--address)"
+            )
+
+
+@contextmanager
+def watching(
+    watch: RoomWatch,
+    list_nodes: Callable[[], Sequence[Mapping[str, float]]],
+    give_up: Callable[[], object],
+    between_s: float = SECONDS_BETWEEN_LOOKS,
+) -> Iterator[None]:
+    """Watch from a thread while the block runs.
+
+    Parameters
+    ----------
+    watch
+        Decides.
+    list_nodes
+        Returns the resources of each living node.
+    give_up
+        Called when the watch has waited too long; must make the block end, with any error.
+    between_s
+        Seconds between looks.
+
+    Raises
+    ------
+    LaunchError
+        The watch's, in place of the error that the block ended with.
+    """
+    finished = threading.Event()
+    found: list[LaunchError] = []
+
+    def follow() -> None:
+        while not finished.wait(between_s):
+            try:
+                watch.look(list_nodes(), time.monotonic())
+            except LaunchError as error:
+                found.append(error)
+                give_up()
+                return
+
+    thread = threading.Thread(target=follow, name="room-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        if found:
+            raise found[0] from None
+        raise
+    finally:
+        finished.set()
+        thread.join()
