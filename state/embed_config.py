@@ -94,8 +94,9 @@ class EmbedModelConfig(Section):
     bin_hidden_dim: PositiveInt = 512
     """Hidden width of the assignment."""
     decode_from_mean: bool = True
-    """Decode the difference to the gene's mean log count in the training cells, which the run
-    folder keeps; false, as the reference: decode the log count itself."""
+    """Tell the decoder each gene's mean log count in the training cells, which the run folder
+    keeps, and decode the difference to it; false, as the reference: decode the log count from the
+    gene's features alone."""
     norm: Literal["pre", "post"] = "pre"
     """Pre-norm blocks (RMSNorm, SwiGLU), or post-norm ones (LayerNorm, GELU, as the reference)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -33,13 +33,13 @@ class EmbeddingFlops:
         bins = _count(_linears(model.bins)) - _forward(model.bins.hidden)
         bins += 3 * 2 * model.bins.bins_CD.numel()
         first = decoder.first.up
-        per_gene = 3 * 2 * first.out_features * decoder.hidden_dim
+        per_gene = 3 * 2 * first.out_features * decoder.gene_dim
         self._per_batch = float(num_genes * (table + per_gene))
         self._per_token = float(_count(_linears(model.backbone)))
         self._per_gene = float(bins)
         heads = [model.head.skip.up, model.head.skip.down, model.head.project]
         self._per_cell = 2.0 * _count(heads) + _count([model.head.dataset])
-        self._per_cell += 3 * 2 * first.out_features * (first.in_features - decoder.hidden_dim)
+        self._per_cell += 3 * 2 * first.out_features * (first.in_features - decoder.gene_dim)
         if model.classifier is not None:
             self._per_cell += _count(_linears(model.classifier))
         pairs = [decoder.first.down, *_linears(decoder.second), decoder.out]

@@ -1,8 +1,8 @@
 """The heads of SE: the embedding itself, the decoder of log counts, and the dataset classifier.
 
 Shape legend: B cells, V genes of the vocabulary, K genes asked for, D hidden width, O width of
-the cell's part of the embedding, R width of the dataset's part, M = D + O + 1 + R what the decoder
-takes, W = 2 M, C datasets.
+the cell's part of the embedding, R width of the dataset's part, F width of what the decoder is
+told of a gene, M = F + O + 1 + R what it takes, W = 2 M, C datasets.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ class EmbeddingHead(nn.Module):
 
 
 class CountDecoder(nn.Module):
-    """Log counts of genes from [gene token; cell; read depth; dataset]: two skip blocks, a Linear.
+    """Log counts of genes from [gene; cell; read depth; dataset]: two skip blocks, a Linear.
 
     The first layer is a sum of what it makes of the gene and of the cell, so each is worked out
     once, and not once for every pair.
     """
 
-    def __init__(self, hidden_dim: int, output_dim: int, dataset_dim: int) -> None:
+    def __init__(self, gene_dim: int, output_dim: int, dataset_dim: int) -> None:
         super().__init__()
-        width = hidden_dim + output_dim + 1 + dataset_dim
-        self.hidden_dim = hidden_dim
+        width = gene_dim + output_dim + 1 + dataset_dim
+        self.gene_dim = gene_dim
         self.first = SkipBlock(width)
         self.second = SkipBlock(width)
         self.out = nn.Linear(width, 1)
 
-    def encode_genes(self, genes_VD: Tensor) -> Tensor:
-        """Return what the first layer makes of each gene, [V, D] -> [V, W]."""
+    def encode_genes(self, genes_VF: Tensor) -> Tensor:
+        """Return what the first layer makes of each gene, [V, F] -> [V, W]."""
         weight_WM = self.first.up.weight
-        return F.linear(genes_VD, weight_WM[:, : self.hidden_dim], self.first.up.bias)
+        return F.linear(genes_VF, weight_WM[:, : self.gene_dim], self.first.up.bias)
 
     def forward(
         self,
-        genes_VD: Tensor,
+        genes_VF: Tensor,
         asked_BK: Tensor,
         cell_BO: Tensor,
         depth_B: Tensor,
@@ -75,12 +75,12 @@ class CountDecoder(nn.Module):
     ) -> Tensor:
         """Decode log counts of the genes asked for, [B, K] float32."""
         cell_BM = torch.cat([cell_BO, depth_B[:, None], dataset_BR], dim=1)
-        cell_BW = F.linear(cell_BM, self.first.up.weight[:, self.hidden_dim :])
-        gene_BKW = F.embedding(asked_BK, self.encode_genes(genes_VD))
+        cell_BW = F.linear(cell_BM, self.first.up.weight[:, self.gene_dim :])
+        gene_BKW = F.embedding(asked_BK, self.encode_genes(genes_VF))
         changed_BKM = self.first.down(F.relu(gene_BKW + cell_BW[:, None]))
-        gene_BKD = F.embedding(asked_BK, genes_VD)
+        gene_BKF = F.embedding(asked_BK, genes_VF)
         cell_BKM = cell_BM[:, None].expand(-1, asked_BK.shape[1], -1)
-        x_BKM = self.first.norm(torch.cat([gene_BKD, cell_BKM], dim=-1) + changed_BKM)
+        x_BKM = self.first.norm(torch.cat([gene_BKF, cell_BKM], dim=-1) + changed_BKM)
         decoded_BK: Tensor = self.out(self.second(x_BKM))[..., 0]
         return decoded_BK.float()
 

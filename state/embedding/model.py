@@ -22,6 +22,9 @@ from state.embedding.heads import CountDecoder, DatasetClassifier, EmbeddingHead
 from state.embedding.tokens import ExpressionBins, GeneEncoder, special_token
 from state.transition.packing import SetPacking
 
+# About one count in a thousand cells.
+LEAST_LEVEL = 1e-3
+
 
 class CellEmbedding(NamedTuple):
     """What the model says of a micro-batch of cells."""
@@ -49,14 +52,15 @@ class StateEmbedding(nn.Module):
         The gene table. It is scaled to rows of length 1, stays float32, and is not in the
         checkpoint: the run folder keeps it once.
     mean_log_V
-        Mean log count of each gene in the training cells, kept likewise: what is decoded is a
-        difference to it (``config.decode_from_mean``).
+        Mean log count of each gene in the training cells, kept likewise. The decoder is told it,
+        and what it decodes is the difference (``config.decode_from_mean``).
     num_datasets
         C; with one there is no classifier.
     """
 
     table_VE: Tensor
     mean_log_V: Tensor
+    level_V1: Tensor
 
     def __init__(
         self,
@@ -69,14 +73,16 @@ class StateEmbedding(nn.Module):
         super().__init__()
         width = config.hidden_dim
         self.register_buffer("table_VE", F.normalize(table_VE.float(), dim=1), persistent=False)
-        origin_V = mean_log_V if config.decode_from_mean else torch.zeros_like(mean_log_V)
-        self.register_buffer("mean_log_V", origin_V, persistent=False)
+        self.decode_from_mean = config.decode_from_mean
+        self.register_buffer("mean_log_V", mean_log_V.float(), persistent=False)
+        self.register_buffer("level_V1", scale_levels(mean_log_V)[:, None], persistent=False)
         self.gene_encoder = GeneEncoder(table_VE.shape[1], width)
         self.bins = ExpressionBins(config.num_bins, config.bin_hidden_dim, width)
         self.cls_D, self.ds_D = special_token(width), special_token(width)
         self.backbone = build_backbone(config)
         self.head = EmbeddingHead(width, config.output_dim, config.dataset_dim)
-        self.decoder = CountDecoder(width, config.output_dim, config.dataset_dim)
+        gene_dim = width + config.decode_from_mean
+        self.decoder = CountDecoder(gene_dim, config.output_dim, config.dataset_dim)
         self.classifier: DatasetClassifier | None = None
         if num_datasets > 1:
             self.classifier = DatasetClassifier(
@@ -117,5 +123,20 @@ class StateEmbedding(nn.Module):
     ) -> Tensor:
         """Decode the log counts of genes, [B, K] float32, from embeddings and read depth."""
         parts = (embedding.cell_BO, depth_B, embedding.dataset_BR)
-        decoded_BK: Tensor = self.decoder(genes_VD, asked_BK, *parts)
+        decoded_BK: Tensor
+        if not self.decode_from_mean:
+            decoded_BK = self.decoder(genes_VD, asked_BK, *parts)
+            return decoded_BK
+        genes_VF = torch.cat([genes_VD, self.level_V1.to(genes_VD.dtype)], dim=1)
+        decoded_BK = self.decoder(genes_VF, asked_BK, *parts)
         return self.mean_log_V[asked_BK] + decoded_BK
+
+
+def scale_levels(mean_log_V: Tensor) -> Tensor:
+    """Return the genes' mean log counts on a scale of mean 0 and variance 1.
+
+    A logarithm tells the many genes apart that few cells express.
+    """
+    log_V = torch.log(mean_log_V.double() + LEAST_LEVEL)
+    scaled_V: Tensor = (log_V - log_V.mean()) / log_V.std(correction=0).clamp(min=1e-6)
+    return scaled_V.float()

@@ -119,7 +119,7 @@ def test_soft_binning_is_its_plain_definition():
 def test_the_decoder_is_its_plain_definition():
     """The first layer is taken apart into genes and cells; together it is one Linear."""
     torch.manual_seed(0)
-    decoder = CountDecoder(hidden_dim=6, output_dim=4, dataset_dim=2)
+    decoder = CountDecoder(gene_dim=6, output_dim=4, dataset_dim=2)
     genes_VD, cell_BO, ds_BR = torch.randn(9, 6), torch.randn(3, 4), torch.randn(3, 2)
     depth_B, asked_BK = torch.rand(3), torch.randint(0, 9, (3, 5))
     decoded = decoder(genes_VD, asked_BK, cell_BO, depth_B, ds_BR)
