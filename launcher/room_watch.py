@@ -6,10 +6,13 @@ without a word and without an end. Tests: ``pytest tests/unit/launcher/test_room
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 from launcher.errors import LaunchError
 from launcher.preflight import describe_demand, describe_nodes, workers_that_fit
@@ -67,6 +70,32 @@ class RoomWatch:
                 f"command: it goes on from the last checkpoint. Or run it{fewer} on another "
                 "cluster (--address)"
             )
+
+
+class _GaveUpError(BaseException):
+    """Ends a block that waits; no handler of errors should take it for one."""
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Give a function that ends the block from another thread, whatever it waits for.
+
+    A signal of its own: Ray Train answers SIGINT by asking its controller to stop, and waits
+    for the answer of one that itself waits for nodes. Outside of the main thread, where no
+    signal arrives, the function does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _GaveUpError
+
+    before = signal.signal(signal.SIGUSR2, end)
+    try:
+        yield lambda: os.kill(os.getpid(), signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 @contextmanager

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import ray.train
@@ -28,7 +26,7 @@ from launcher.errors import Interrupted, LaunchError
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
 from launcher.ray_nodes import RaySupply
-from launcher.room_watch import RoomWatch, watching
+from launcher.room_watch import RoomWatch, interruptible, watching
 from launcher.run_folder import RunFolder
 from launcher.train_worker import run_worker
 from launcher.training import TrainingConfig, TrainingTask
@@ -78,7 +76,8 @@ def train_with_ray(
     watch = RoomWatch(config.cluster, wait_resources_s, reporter.say)
     with (
         show_training(folder, config, reporter),
-        watching(watch, RaySupply().nodes, partial(os.kill, os.getpid(), signal.SIGINT)),
+        interruptible() as give_up,
+        watching(watch, RaySupply().nodes, give_up),
     ):
         try:
             # Ray Train's own handler would outlive it, and swallow every later Ctrl-C.

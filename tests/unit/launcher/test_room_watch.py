@@ -1,11 +1,12 @@
 """Nodes that a training cluster loses: said, waited for, and not for ever."""
 
+import signal
 import threading
 
 import pytest
 
 from launcher.errors import Interrupted, LaunchError
-from launcher.room_watch import RoomWatch, watching
+from launcher.room_watch import RoomWatch, interruptible, watching
 from state.config_cluster import ClusterConfig
 
 NODE = {"CPU": 2.0, "memory": 1e9}
@@ -62,6 +63,17 @@ def test_the_block_ends_with_the_reason_of_the_watch():
         watching(make_watch([], wait_s=0), lambda: [NODE], ended.set, between_s=0.01),
     ):
         train()
+
+
+def test_a_block_that_waits_is_interrupted_and_the_signal_handler_put_back():
+    before = signal.getsignal(signal.SIGUSR2)
+    with (
+        pytest.raises(LaunchError, match="0 s were waited"),
+        interruptible() as give_up,
+        watching(make_watch([], wait_s=0), lambda: [NODE], give_up, between_s=0.01),
+    ):
+        threading.Event().wait(30)
+    assert signal.getsignal(signal.SIGUSR2) == before
 
 
 def test_an_error_of_the_block_is_its_own():
