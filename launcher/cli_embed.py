@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Pretrain SE, the State Embedding model, and embed cells with it.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 100},
 )
 
 

@@ -11,6 +11,7 @@ app = typer.Typer(
     help="Describe, check and mend a finished store.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 100},
 )
 
 StoreArg = Annotated[Path, typer.Argument(metavar="STORE", help="A finished store.")]
