@@ -72,13 +72,9 @@ class RoomWatch:
             )
 
 
-class _GaveUpError(BaseException):
-    """Ends a block that waits; no handler of errors should take it for one."""
-
-
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Give a function that ends the block from another thread, whatever it waits for.
+    """Give a function that interrupts the block from another thread, whatever it waits for.
 
     A signal of its own: Ray Train answers SIGINT by asking its controller to stop, and waits
     for the answer of one that itself waits for nodes. Outside of the main thread, where no
@@ -89,7 +85,8 @@ def interruptible() -> Iterator[Callable[[], None]]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise _GaveUpError
+        # Of other errors, Ray's waiting takes no notice.
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGUSR2, end)
     try:
