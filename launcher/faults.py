@@ -35,6 +35,28 @@ class InjectedFaultError(RuntimeError):
     """What ``[faults]`` asked for; no user's mistake, so it is handled as any worker's failure."""
 
 
+def refuse_impossible(faults: FaultsConfig, world_size: int) -> None:
+    """Refuse faults that could not happen, or that nothing would end.
+
+    Raises
+    ------
+    LaunchError
+        Naming the key and what to do.
+    """
+    asked = faults.model_dump(exclude={"rank"}, exclude_none=True)
+    if asked and faults.rank >= world_size:
+        raise LaunchError(
+            f"faults.rank = {faults.rank} would never happen: {world_size} workers train "
+            f"(ranks 0 to {world_size - 1}; with --local only 0)"
+        )
+    if faults.hang_at_step is not None and world_size == 1:
+        raise LaunchError(
+            f"faults.hang_at_step = {faults.hang_at_step}: a worker that hangs is found by the "
+            "others, and one alone would hang for ever. Set cluster.num_workers to 2 or more, "
+            "without --local"
+        )
+
+
 def with_faults(
     source: BatchSource[CellBatch],
     faults: FaultsConfig,
@@ -43,6 +65,8 @@ def with_faults(
     folder: RunFolder,
 ) -> BatchSource[CellBatch]:
     """Return the source with the faults in its training batches."""
+    if not faults.model_dump(exclude={"rank"}, exclude_none=True):
+        return source
     sets_per_step = settings.micro_batch_size * settings.grad_accum_steps * world_size
 
     @contextmanager

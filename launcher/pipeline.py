@@ -19,6 +19,7 @@ from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
 from launcher.evaluate_job import LEADERBOARD_FILES, evaluate_run
+from launcher.faults import refuse_impossible
 from launcher.objective import refuse_embedding
 from launcher.predict_job import STATE, TRUTH, predict_run
 from launcher.preprocess_job import (
@@ -298,6 +299,7 @@ class Pipeline:
         config, cluster = self.config, self._cluster
         cluster.require(config)
         alone = isinstance(cluster, ThisProcess)
+        refuse_impossible(config.faults, 1 if alone else config.cluster.num_workers)
         task = TrainTask(
             run_dir=self.folder.path,
             store=self.store.path,

@@ -1,4 +1,4 @@
-"""Divide the cell sets of an optimiser step among workers and micro-batches.
+"""Divide the cell sets (ST) or cells (SE) of an optimiser step among workers and micro-batches.
 
 A run keeps the global batch that it was begun with, whatever number of workers goes on with it:
 the sampler hands out the same sets in the same order, so the same model is trained.
@@ -49,10 +49,11 @@ def divide_step(
         sets_per_step = begun.sets_per_step
     world_size = 1 if alone else num_workers
     if sets_per_step % world_size:
+        unit = "cells" if isinstance(config, EmbedConfig) else "cell sets"
         allowed = [str(n) for n in range(1, sets_per_step + 1) if sets_per_step % n == 0]
         raise LaunchError(
-            f"cluster.num_workers = {num_workers}: this run takes {sets_per_step} cell sets a "
-            f"step, which do not divide among {num_workers} workers. Set cluster.num_workers to "
+            f"cluster.num_workers = {num_workers}: this run takes {sets_per_step} {unit} a step, "
+            f"which do not divide among {num_workers} workers. Set cluster.num_workers to "
             f"one of {', '.join(allowed)}, or choose another output_dir"
         )
     share = sets_per_step // world_size

@@ -23,6 +23,7 @@ from data_store.files import write_text_atomically
 from data_store.schema import UserError
 from data_store.shared_copies import SharedCopies
 from launcher.errors import Interrupted, LaunchError
+from launcher.faults import InjectedFaultError
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
 from launcher.ray_nodes import RaySupply
@@ -113,7 +114,13 @@ def train_here(task: TrainingTask, config: TrainingConfig, reporter: Reporter) -
     """Train in this process, alone, with the recipe's global batch."""
     with show_training(RunFolder(task.run_dir), config, reporter), single_process_group(config):
         device = torch.device("cuda", 0) if config.cluster.use_gpu else torch.device("cpu")
-        run_worker(task, device)
+        try:
+            run_worker(task, device)
+        except InjectedFaultError as error:
+            raise LaunchError(
+                f"{error}: the drill's own error. Nothing restarts a run with --local: run the "
+                "same command again, and it goes on from the last checkpoint"
+            ) from None
 
 
 @contextmanager

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "statewide-checkpoint"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.pt"
+DAMAGED_SUFFIX = ".damaged"
 
 
 class CheckpointError(UserError):
@@ -54,9 +55,9 @@ class Progress:
     step: int = 0
     """Optimiser steps done."""
     sets_consumed: int = 0
-    """Cell sets consumed by all ranks together: the sampler's position."""
+    """Cell sets (ST) or cells (SE) consumed by all ranks together: the sampler's position."""
     val_loss: float = math.inf
-    """Validation loss at the last validation."""
+    """Validation loss of these weights; infinite where they were not validated."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,8 @@ class CheckpointFolder:
     def restore(self, engine: Engine) -> Progress:
         """Load the newest checkpoint whose files are whole; start afresh if there is none.
 
-        Collective. Damaged ones are removed, so that no later one counts as older or worse than
-        they are. Raises ``CheckpointError`` for another run's checkpoint, or one that this run's
-        workers cannot go on from.
+        Collective. Damaged ones are set aside under another name. Raises ``CheckpointError`` for
+        another run's checkpoint, or one that this run's workers cannot go on from.
         """
         chosen = engine.broadcast_object(self._newest_undamaged() if engine.rank == 0 else None)
         if chosen is None:
@@ -190,7 +190,7 @@ class CheckpointFolder:
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            # JSON has no infinity: a checkpoint before the first validation has no loss.
+            # JSON has no infinity: a checkpoint between validations has no loss.
             "progress": {
                 **asdict(progress),
                 "val_loss": progress.val_loss if math.isfinite(progress.val_loss) else None,
@@ -213,20 +213,27 @@ class CheckpointFolder:
         kept_ones = (*self.complete()[-self._keep_last :], *self._validated()[: self._keep_best])
         kept = {checkpoint.folder for checkpoint in kept_ones}
         for path in self.folder.glob("step_*"):
-            if path not in kept:
+            if path not in kept and path.suffix != DAMAGED_SUFFIX:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _newest_undamaged(self) -> Checkpoint | None:
         for checkpoint in reversed(self.complete()):
+            if checkpoint.run_fingerprint != self.run_fingerprint:
+                # To be refused: another run's files are not touched.
+                return checkpoint
             damaged = find_damaged_files(checkpoint.folder)
             if not damaged:
                 return checkpoint
+            aside = checkpoint.folder.with_name(checkpoint.folder.name + DAMAGED_SUFFIX)
             logger.warning(
-                "checkpoint %s is damaged (%s): removed; taking the one before it",
+                "checkpoint %s is damaged (%s): set aside as %s, which may be removed; taking the "
+                "one before it",
                 checkpoint.folder,
                 ", ".join(damaged),
+                aside.name,
             )
-            shutil.rmtree(checkpoint.folder)
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.folder.rename(aside)
         return None
 
     def _refuse_mismatch(self, checkpoint: Checkpoint, engine: Engine) -> None:
@@ -254,9 +261,10 @@ class CheckpointFolder:
             )
         if checkpoint.sets_per_step != engine.sets_per_step:
             raise CheckpointError(
-                f"checkpoint {checkpoint.folder} was trained with {checkpoint.sets_per_step} cell "
-                f"sets a step on {checkpoint.world_size} workers; {engine.world_size} workers "
-                f"would take {engine.sets_per_step} and train another model. Set "
+                f"checkpoint {checkpoint.folder} was trained with a global batch of "
+                f"{checkpoint.sets_per_step} on {checkpoint.world_size} workers; "
+                f"{engine.world_size} workers would take {engine.sets_per_step} a step and train "
+                "another model. Set "
                 f"cluster.num_workers={checkpoint.world_size}, or choose another output_dir"
             )
 

@@ -12,10 +12,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryFile
+from typing import IO, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from state.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 _TAG = "deepspeed"
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Objective(Protocol):
@@ -190,9 +192,7 @@ class Engine:
         if self.zero_stage == 0:
             self.load(folder)
             return
-        if self.rank == 0:
-            _convert_to_universal(folder / _TAG, universal / _TAG)
-        self.barrier()
+        self._convert_to_universal(folder / _TAG, universal / _TAG)
         # The setting is one of the configuration, read at load; only now is it known to apply.
         self._engine._config.load_universal_checkpoint = True
         decays = [group["weight_decay"] for group in self._optimizer.param_groups]
@@ -207,6 +207,30 @@ class Engine:
         for state in self._optimizer.optimizer.state.values():
             state["step"] = state["step"].clone()
         self.barrier()
+
+    def _convert_to_universal(self, source: Path, target: Path) -> None:
+        """Let rank 0 rewrite a ZeRO checkpoint without ranks, however long it takes (collective).
+
+        The others hear every second that it goes on, so none runs into ``timeout_s``, and an
+        error is everybody's.
+
+        Raises
+        ------
+        RuntimeError
+            With what the conversion said, when it failed.
+        """
+        with TemporaryFile("w+") as said:
+            process = _start_conversion(source, target, said) if self.rank == 0 else None
+            exit_code, text = None, ""
+            while exit_code is None:
+                if process is not None:
+                    with suppress(subprocess.TimeoutExpired):
+                        exit_code = process.wait(_SECONDS_BETWEEN_LOOKS)
+                        said.seek(0)
+                        text = said.read()
+                exit_code, text = self.broadcast_object((exit_code, text))
+        if exit_code:
+            raise RuntimeError(f"{source} cannot be converted for other ranks:\n{text}")
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return all weights in fp32 on the CPU, whatever the ZeRO stage (collective)."""
@@ -268,20 +292,14 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _convert_to_universal(source: Path, target: Path) -> None:
-    """Rewrite a ZeRO checkpoint without ranks, in a process of its own as DeepSpeed means it.
-
-    Raises
-    ------
-    RuntimeError
-        With what the conversion said, when it failed.
-    """
+def _start_conversion(source: Path, target: Path, said: IO[str]) -> subprocess.Popen[str]:
+    """Start the conversion in a process of its own, as DeepSpeed means it."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
     # It joins no process group, and must not think that it is a rank of this one.
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     inherited = {name: value for name, value in os.environ.items() if name not in ranks}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=inherited)
-    if done.returncode != 0:
-        raise RuntimeError(f"{source} cannot be converted for other ranks:\n{done.stderr}")
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=said, text=True, env=inherited
+    )

@@ -41,7 +41,7 @@ def test_the_group_restarts_from_the_last_whole_checkpoint_after_each_fault(
     # Step 18 was torn: what came before it is taken.
     resumed_at = [int(step) for step in re.findall(r"resumed from .* \(step (\d+)\)", log)]
     assert resumed_at == [6, 6, 12, 12]
-    assert "is damaged (model.pt): removed" in log
+    assert "is damaged (model.pt): set aside as step_00000018.damaged" in log
     assert losses(tmp_path / "run") == uninterrupted
 
 

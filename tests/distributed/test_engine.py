@@ -1,6 +1,10 @@
 """The DeepSpeed engine under two gloo ranks: gradients, norms, checkpoints, full weights."""
 
+import math
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +16,7 @@ from torch import nn
 from launcher.deepspeed_config import complete_deepspeed_config
 from state.config import TrainConfig
 from state.training.checkpoint import CheckpointError, CheckpointFolder, Progress
+from state.training.loop import advance
 from tests.support.distributed import spawn
 
 pytestmark = pytest.mark.distributed
@@ -155,7 +160,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(tmp_path: Path):
     ((foreign, staged, rebatched),) = spawn(resume_wrongly, 1, tmp_path)
     assert "belongs to other settings or other data" in foreign
     assert "ZeRO stage 2, this run uses stage 1" in staged
-    assert "trained with 8 cell sets a step" in rebatched
+    assert "trained with a global batch of 8" in rebatched
 
 
 def damage_and_resume(stage: int, folder: Path):
@@ -172,11 +177,52 @@ def damage_and_resume(stage: int, folder: Path):
     progress = checkpoints.restore(engine)
     # What is written next is not thought older or worse than the damaged one was.
     checkpoints.save(engine, Progress(step=2, sets_consumed=16, val_loss=0.9))
-    return progress.step, [c.progress.step for c in checkpoints.complete()]
+    # Another run's checkpoint is refused, and not touched even if it is damaged.
+    (max(folder.glob("step_*[0-9]")) / "model.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="belongs to other settings"):
+        CheckpointFolder(folder, "another").restore(engine)
+    return progress.step, sorted(path.name for path in folder.iterdir())
 
 
-def test_a_damaged_or_unfinished_checkpoint_is_passed_over(tmp_path: Path):
-    assert spawn(damage_and_resume, 1, 0, tmp_path) == [(1, [1, 2])]
+def test_a_damaged_checkpoint_is_set_aside_and_an_unfinished_one_passed_over(tmp_path: Path):
+    kept = ["step_00000001", "step_00000002", "step_00000002.damaged"]
+    assert spawn(damage_and_resume, 1, 0, tmp_path) == [(1, kept)]
+
+
+def validate_seldom(folder: Path):
+    """Save every step, validate every third: 0.5, then 0.9."""
+    engine, settings = make_engine(0, 4), TrainConfig(micro_batch_size=4)
+    checkpoints = CheckpointFolder(folder, "fingerprint", keep_last=1, keep_best=2)
+    progress = Progress()
+    for step in range(1, 9):
+        progress = advance(progress, settings, world_size=1)
+        if step % 3 == 0:
+            progress = replace(progress, val_loss=0.5 if step == 3 else 0.9)
+        checkpoints.save(engine, progress)
+    return [(c.progress.step, c.progress.val_loss) for c in checkpoints.complete()]
+
+
+def test_only_validated_checkpoints_are_among_the_best(tmp_path: Path):
+    assert spawn(validate_seldom, 1, tmp_path) == [[(3, 0.5), (6, 0.9), (8, math.inf)]]
+
+
+def resize_in_vain(folder: Path):
+    from state.training import engine as module
+
+    def fail(source, target, said):
+        code = "import sys, time; time.sleep(3); sys.exit('no room')"
+        return subprocess.Popen([sys.executable, "-c", code], stderr=said, text=True)
+
+    module._start_conversion = fail
+    with pytest.raises(RuntimeError, match="cannot be converted for other ranks:\nno room"):
+        CheckpointFolder(folder, "fingerprint").restore(make_engine(1, 4))
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_conversion_that_fails_is_every_ranks_error(tmp_path: Path):
+    spawn(train_and_save, 1, 1, 8, tmp_path, False)
+    for left in spawn(resize_in_vain, 2, tmp_path):
+        assert left == ["step_00000003"]
 
 
 def save_many(folder: Path, keep_last: int, keep_best: int):
