@@ -27,6 +27,7 @@ from data_store.hints import nearest, some
 from data_store.normalize import MAX_LOG1P
 from data_store.obs_labels import read_labels
 from data_store.schema import (
+    CellSpace,
     CellTable,
     ExpressionValues,
     ObsColumns,
@@ -194,9 +195,9 @@ def _as_smaller_form(values: ExpressionValues) -> ExpressionValues:
 
 
 def compute_mean(
-    store: Store, rows: npt.NDArray[np.int64], space: OutputSpace
+    store: Store, rows: npt.NDArray[np.int64], space: CellSpace
 ) -> npt.NDArray[np.float64]:
-    """Average the log1p values of some cells, read in a stream.
+    """Average the values of some cells, read in a stream.
 
     Parameters
     ----------
@@ -205,7 +206,7 @@ def compute_mean(
     rows
         Store rows, ascending; at least one.
     space
-        Genes to average.
+        What to average: log1p values of genes, or the embedding.
 
     Returns
     -------
@@ -312,9 +313,9 @@ def _sum_groups(
     rows: npt.NDArray[np.int64],
     groups: npt.NDArray[np.int64],
     num_groups: int,
-    space: OutputSpace,
+    space: CellSpace,
 ) -> npt.NDArray[np.float64]:
-    sums = np.zeros((num_groups, len(store.output_genes(space))))
+    sums = np.zeros((num_groups, store.width(space)))
     for block, values in _iterate_rows(store, rows, space):
         members = groups[block]
         membership = sp.csr_matrix(
@@ -327,7 +328,7 @@ def _sum_groups(
 
 
 def _iterate_rows(
-    store: Store, rows: npt.NDArray[np.int64], space: OutputSpace
+    store: Store, rows: npt.NDArray[np.int64], space: CellSpace
 ) -> Iterator[tuple[slice, ExpressionValues]]:
     """Yield (places in ``rows``, their values), reading each stretch of the store once."""
     cuts = np.flatnonzero(np.diff(rows // ROWS_PER_READ)) + 1

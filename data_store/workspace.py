@@ -202,7 +202,15 @@ class Workspace:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the folder and all in it."""
+        """Remove the folder and all in it.
+
+        The lock file goes last: without it what a kill leaves here would be nobody's.
+        """
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_NAME:
+                entry.unlink()
         shutil.rmtree(self.folder)
 
 
