@@ -92,6 +92,9 @@ CellValues: TypeAlias = npt.NDArray[np.float32] | CellCounts
 """Log-normalised expression [B, S, G], dense or still to be made dense."""
 
 
+NO_GENES: npt.NDArray[np.float32] = np.empty((0, 0, 0), dtype=np.float32)
+
+
 class CellBatch(NamedTuple):
     """A micro-batch of B cell sets of S slots each. Empty slots are zero and masked."""
 
@@ -107,7 +110,7 @@ class CellBatch(NamedTuple):
     """Index of the set's context in ``Store.contexts``."""
     batch_BS: npt.NDArray[np.int64]
     """Index of each cell's experimental batch in ``Store.batches``; 0 in empty slots."""
-    genes_BSJ: CellValues | None = None
+    genes_BSJ: CellValues = NO_GENES
     """Expression of the target cells, where these are an embedding that is decoded to genes."""
 
     @property
@@ -118,13 +121,8 @@ class CellBatch(NamedTuple):
 
     def arrays(self) -> tuple[CellValues | npt.NDArray[Any], ...]:
         """Return what ``state.losses.SetObjective.forward`` takes, in its order."""
-        genes_BSJ = self.genes_BSJ
-        if genes_BSJ is None:
-            genes_BSJ = np.empty((*self.mask_BS.shape, 0), dtype=np.float32)
-        return (
-            *(self.control_BSG, self.target_BSG, self.mask_BS, self.pert_B, self.batch_BS),
-            genes_BSJ,
-        )
+        cells = (self.control_BSG, self.target_BSG, self.mask_BS)
+        return *cells, self.pert_B, self.batch_BS, self.genes_BSJ
 
 
 ExpressionValues: TypeAlias = sp.csr_matrix | npt.NDArray[np.float32]

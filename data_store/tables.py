@@ -187,6 +187,31 @@ def write_predictions(
         table.write_h5ad(temporary)
 
 
+def write_cell_embedding(
+    path: Path, key: str, values: npt.NDArray[np.float32], obs: pd.DataFrame
+) -> None:
+    """Write an h5ad with predicted embeddings in ``obsm[key]`` and no genes, atomically.
+
+    Parameters
+    ----------
+    path
+        The h5ad to write or replace.
+    key
+        Name of the matrix.
+    values
+        [N, E] embeddings.
+    obs
+        [N] annotations, those of the truth.
+
+    Raises
+    ------
+    StoreError
+        If the disk is full.
+    """
+    with file_made_whole(path) as temporary:
+        ad.AnnData(obs=obs, obsm={key: values}).write_h5ad(temporary)
+
+
 def _as_smaller_form(values: ExpressionValues) -> ExpressionValues:
     """Return CSR where that takes less room: a value with its index is twice a value."""
     if sp.issparse(values) or 2 * np.count_nonzero(values) >= values.size:

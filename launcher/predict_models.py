@@ -81,6 +81,19 @@ class PredictContext:
         )
 
     @cached_property
+    def cell_reader(self) -> RowReader:
+        """Gives control cells as the model takes them: their genes, or their embedding."""
+        model = self.config.model
+        if model.embed_key is None:
+            return self.reader
+        return open_rows(
+            self.store,
+            model.cell_space,
+            self.held_out.control_rows,
+            resident_gib=self.config.data.resident_gib,
+        )
+
+    @cached_property
     def features_PD(self) -> FloatMatrix:
         """A feature row for each perturbation of the store."""
         features: FloatMatrix = build_features(self.config, self.store, self.splits).values.numpy()
@@ -176,7 +189,10 @@ def build_split_profiles(
 
 
 def predict_own_cells(context: PredictContext, weights: Path) -> FloatMatrix:
-    """Predict the cells of a split with the trained model, [N, G]."""
+    """Predict the cells of a split with the trained model, [N, G].
+
+    Genes, unless the model has no way from its embedding to them.
+    """
     config, held_out = context.config, context.held_out
     use_gpu = config.cluster.use_gpu and torch.cuda.is_available()
     objective = build_objective(config, context.store, context.splits)
@@ -184,13 +200,14 @@ def predict_own_cells(context: PredictContext, weights: Path) -> FloatMatrix:
     objective.to("cuda" if use_gpu else "cpu")
     batches = iterate_prediction_batches(
         context.store,
-        context.reader,
+        context.cell_reader,
         held_out.target_rows,
         held_out.paired_rows,
         cell_set_len=config.model.cell_set_len,
         seed=config.seed,
     )
-    out_NG = np.empty((len(held_out.target_rows), context.reader.num_genes), dtype=np.float32)
+    predicts = context.reader if config.is_judged else context.cell_reader
+    out_NG = np.empty((len(held_out.target_rows), predicts.num_genes), dtype=np.float32)
     for places, batch in batches:
         (out_NG[places],) = predict_cells(objective, [batch])
     return out_NG

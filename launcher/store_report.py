@@ -39,6 +39,11 @@ def describe_fully(store: Store) -> str:
         "perturbations": f"{counts['perturbations']:,} and the control {store.control!r}",
         "contexts": _names(store.contexts),
         "batches": _names(store.batches),
+        **(
+            {}
+            if store.embed_key is None
+            else {f"obsm/{store.embed_key}": f"{store.embed_dim} numbers of each cell, float32"}
+        ),
         "X": f"raw counts, {store.count_dtype}; log-normalised on reading",
         "target sum": f"{store.target_sum:g}",
         "made from": manifest.source["path"],
