@@ -350,9 +350,10 @@ def _complain(text: str) -> None:
 
 def _print_plan(config_path: Path, overrides: list[str] | None) -> None:
     from launcher.deepspeed_config import read_deepspeed_json
-    from launcher.pipeline import Pipeline, describe_plan
+    from launcher.pipeline import Pipeline
     from launcher.progress import Reporter
     from launcher.ray_cluster import ThisProcess
+    from launcher.run_plan import describe_plan
     from state.recipe import dump_config, load_config
 
     config = load_config(config_path, overrides or ())

@@ -132,6 +132,8 @@ def _explain_difference(
         difference = _explain_names(what, one, two)
         if difference is not None:
             return difference
+    if not np.array_equal(there.labels, here.labels):
+        return "the same cells have other perturbations"
     return None if _have_same_values(there, here) else "the same cells have other values"
 
 
@@ -153,9 +155,7 @@ def _have_same_values(one: CellFile, two: CellFile) -> bool:
     if one.matrix.nnz != two.matrix.nnz or one.matrix.layout != two.matrix.layout:
         return False
     blocks = zip(one.iterate_columns(columns), two.iterate_columns(columns), strict=False)
-    return bool(np.array_equal(one.labels, two.labels)) and all(
-        _are_equal(mine, other) for mine, other in blocks
-    )
+    return all(_are_equal(mine, other) for mine, other in blocks)
 
 
 def _are_equal(one: CellBlock, two: CellBlock) -> bool:

@@ -23,7 +23,7 @@ from launcher.judged_runs import find_beside
 from launcher.predict_job import TRUTH, predict_run
 from launcher.preprocess_job import (
     build_spec,
-    describe_simulation,
+    describe_store,
     preprocess_run,
     refuse_other_spec,
     simulate,
@@ -46,6 +46,7 @@ StageName = Literal[
     "simulate", "preprocess", "stats", "deltas", "split", "train", "predict", "evaluate"
 ]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
+JUDGING_STAGES: tuple[StageName, ...] = ("predict", "evaluate")
 # Settings of [train] that change nothing about the weights.
 _NOT_IN_THE_WEIGHTS = {
     *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps", "peak_tflops"),
@@ -152,7 +153,7 @@ class Pipeline:
             "predict": self._predict_stage,
             "evaluate": self._evaluate_stage,
         }
-        if name in ("predict", "evaluate") and not self.config.is_judged:
+        if name in JUDGING_STAGES and not self.config.is_judged:
             self._reporter.say(
                 f"{name}: model.output_space = 'embedding' predicts {self.config.model.embed_key} "
                 "and no genes, by which models are judged: left out"
@@ -175,7 +176,7 @@ class Pipeline:
     def _preprocess_stage(self) -> Stage | None:
         data = self.config.data
         if is_store(data.input):
-            refuse_other_spec(self.config, self.store)
+            refuse_other_spec(data, self.store, self.config.model.embed_key)
             self._reporter.say(f"preprocess: {data.input} is a finished store: used as it is")
             return None
         used = data.model_dump(
@@ -266,6 +267,7 @@ class Pipeline:
             ],
             work=self._train,
             is_costly=True,
+            inputs=describe_store(self.store),
             is_whole=lambda: bool(self._checkpoints.complete()),
         )
 
@@ -385,30 +387,3 @@ class Pipeline:
             f"{len(store.perturbations) - 1:,} perturbations, {len(store.batches)} batches, "
             f"{len(store.hvg_index):,} highly variable genes"
         )
-
-
-def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
-    """Say what a run would read, ask for and do, without doing any of it."""
-    config = pipeline.config
-    cluster = config.cluster
-    gpu = " and 1 GPU" if cluster.use_gpu else ""
-    missing = pipeline.missing_inputs()
-    left_out = set() if config.simulate is not None else {"simulate"}
-    left_out |= set() if config.statistics.enabled else {"stats", "deltas"}
-    stages = [name for name in STAGE_NAMES if name not in left_out]
-    sets_per_step = (
-        config.train.micro_batch_size * config.train.grad_accum_steps * cluster.num_workers
-    )
-    repeats = max(1, len(config.evaluate.seeds)) * (config.evaluate.folds or 1)
-    lines = [
-        f"recipe {recipe} is valid",
-        *([f"{repeats} runs, one for each fold and seed"] if repeats > 1 else []),
-        f"stages: {' -> '.join(stages)}",
-        *(() if config.simulate is None else [f"simulates {describe_simulation(config.simulate)}"]),
-        f"run folder: {config.output_dir}",
-        f"resources: {cluster.num_workers} workers with {cluster.cpus_per_worker} CPU{gpu} each",
-        f"global batch: {sets_per_step} sets of up to {config.model.cell_set_len} cells",
-        *(f"not found yet: {line}" for line in missing),
-        *([] if missing else ["all input files are there"]),
-    ]
-    return "\n".join(lines)

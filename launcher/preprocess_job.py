@@ -62,7 +62,7 @@ def describe_simulation(config: SimulateConfig) -> str:
     )
 
 
-def build_spec(data: DataConfig, out: Path, embed_key: str | None) -> PreprocessSpec:
+def build_spec(data: DataConfig, out: Path, embed_key: str | None = None) -> PreprocessSpec:
     """Say what to make a store from, in the data store's own words.
 
     ``embed_key`` is the embedding of the cells to keep beside their genes; None: none.
@@ -95,7 +95,18 @@ def preprocess_run(config: RunConfig, out: Path, run_tasks: TaskRunner) -> Store
     return preprocess(spec, run_tasks)
 
 
-def refuse_other_spec(config: RunConfig, store: Store) -> None:
+def describe_store(store: Store) -> dict[str, str]:
+    """Say what of a store a model depends on, in words."""
+    embedding = "none" if store.embed_key is None else f"{store.embed_key} of {store.embed_dim}"
+    return {
+        "cells": f"{store.num_cells:,}",
+        "genes": f"{len(store.genes):,}",
+        "embedding": embedding,
+        "store": store.digest[:16],
+    }
+
+
+def refuse_other_spec(data: DataConfig, store: Store, embed_key: str | None = None) -> None:
     """Refuse a store as ``data.input`` that was made with other settings than the recipe's.
 
     An embedding that the recipe does not ask for does no harm.
@@ -106,8 +117,7 @@ def refuse_other_spec(config: RunConfig, store: Store) -> None:
         Listing what differs: the settings would otherwise be ignored in silence.
     """
     made = store.manifest.spec
-    wanted = build_spec(config.data, store.path, None).describe()
-    embed_key = config.model.embed_key
+    wanted = build_spec(data, store.path).describe()
     if embed_key is not None and store.embed_key != embed_key:
         held = f"holds {store.embed_key!r}" if store.embed_key else "holds no embedding"
         raise LaunchError(
