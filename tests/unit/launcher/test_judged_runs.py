@@ -119,7 +119,7 @@ def test_what_is_no_finished_run_is_one_message(tmp_path):
         ({"names": [f"c{n}" for n in range(1, 11)]}, "10 cells.*only there: c10; only here: c0"),
         ({"seed": 1}, "the same cells have other values"),
         ({"is_sparse": True}, "the same cells have other values"),
-        ({"labels": [*LABELS[:6], "G2", "G1", "G2", "G2"]}, "the same cells have other values"),
+        ({"labels": [*LABELS[:6], "G2", "G1", "G2", "G2"]}, "same cells have other perturbations"),
         (
             {"control": "none", "labels": ["none"] * 4 + LABELS[4:]},
             "the control is 'none' there and 'non-targeting' here",
