@@ -118,6 +118,12 @@ def refuse_other_spec(data: DataConfig, store: Store, embed_key: str | None = No
     """
     made = store.manifest.spec
     wanted = build_spec(data, store.path).describe()
+    if data.embed_file is not None:
+        raise LaunchError(
+            f"data.embed_file = {str(data.embed_file)!r} is read when a store is made, and "
+            f"data.input = {str(store.path)!r} is a finished one. Leave it out, or set data.input "
+            "to the h5ad that the store was made from"
+        )
     if embed_key is not None and store.embed_key != embed_key:
         held = f"holds {store.embed_key!r}" if store.embed_key else "holds no embedding"
         raise LaunchError(

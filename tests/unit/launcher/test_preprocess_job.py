@@ -99,6 +99,9 @@ def test_an_embedding_makes_another_store_and_none_leaves_the_stage_as_it_was(
 def test_a_store_must_hold_the_embedding_that_is_asked_for(source, embedded, tmp_path):
     data = DataConfig(input=source, n_top_genes=9, embed_file=embedded)
     store = preprocess(build_spec(data, tmp_path / "store", KEY))
+    with pytest.raises(LaunchError, match="embedded.*is read when a store is made"):
+        refuse_other_spec(data, store, KEY)
+    data = data.model_copy(update={"embed_file": None})
     refuse_other_spec(data, store, KEY)
     # What is not asked for does no harm.
     refuse_other_spec(data, store)
