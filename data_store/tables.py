@@ -341,7 +341,7 @@ def _sum_groups(
     space: CellSpace,
 ) -> npt.NDArray[np.float64]:
     sums = np.zeros((num_groups, store.width(space)))
-    for block, values in _iterate_rows(store, rows, space):
+    for block, values in iterate_rows(store, rows, space):
         members = groups[block]
         membership = sp.csr_matrix(
             (np.ones(members.size), (members, np.arange(members.size))),
@@ -352,10 +352,20 @@ def _sum_groups(
     return sums
 
 
-def _iterate_rows(
+def iterate_rows(
     store: Store, rows: npt.NDArray[np.int64], space: CellSpace
 ) -> Iterator[tuple[slice, ExpressionValues]]:
-    """Yield (places in ``rows``, their values), reading each stretch of the store once."""
+    """Yield (places in ``rows``, their values), reading each stretch of the store once.
+
+    Parameters
+    ----------
+    store
+        The cells.
+    rows
+        Store rows, ascending.
+    space
+        What to read; all genes come sparse.
+    """
     cuts = np.flatnonzero(np.diff(rows // ROWS_PER_READ)) + 1
     for lo, hi in zip([0, *cuts], [*cuts, rows.size], strict=True):
         if lo == hi:

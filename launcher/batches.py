@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_store.cell_sets import CellSets, build_cell_sets, find_groups
+from data_store.embedding_scale import StandardizedRows, measure_embedding
 from data_store.loader import CellSetLoader
 from data_store.row_reader import RowReader, open_rows
 from data_store.sampler import FixedSetSampler, SetSampler
@@ -55,7 +56,7 @@ def build_batch_source(
 
     train_sets, val_sets = build_sets(*train_rows), build_sets(*val_rows)
     copies = SharedCopies() if world_size > 1 else None
-    reader = open_rows(
+    cell_rows = open_rows(
         store,
         model.cell_space,
         # Every set draws controls, so they are read most; validation reads its own again and again.
@@ -64,6 +65,9 @@ def build_batch_source(
         as_counts=as_counts,
         copies=copies,
     )
+    reader: RowReader = cell_rows
+    if model.embed_key is not None:
+        reader = StandardizedRows(cell_rows, measure_embedding(store, train_rows[1]))
     gene_reader = None
     if model.has_decoder:
         # Of controls the decoder asks nothing.
@@ -71,7 +75,7 @@ def build_batch_source(
             store,
             model.gene_space,
             np.concatenate([val_rows[0], train_rows[0]]),
-            resident_gib=config.data.resident_gib - reader.held_gib,
+            resident_gib=config.data.resident_gib - cell_rows.held_gib,
             as_counts=as_counts,
             copies=copies,
         )

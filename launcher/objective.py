@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data_store.schema import CellSpace
 from data_store.splits import Splits, split_rows
 from data_store.store import Store
 from data_store.tables import compute_mean
@@ -41,9 +40,13 @@ def build_objective(config: RunConfig, store: Store, splits: Splits) -> SetObjec
     )
     _, control_rows = split_rows(store, splits, "train")
 
-    def mean(space: CellSpace) -> Tensor:
-        return torch.from_numpy(compute_mean(store, control_rows, space)).float()
+    def mean_genes() -> Tensor:
+        return torch.from_numpy(compute_mean(store, control_rows, settings.gene_space)).float()
 
-    decoded = mean(settings.gene_space) if settings.has_decoder else None
-    model.initialize_output(mean(settings.cell_space), decoded)
+    if settings.embed_key is None:
+        model.initialize_output(mean_genes())
+    else:
+        # The model's units are centred on these controls.
+        decoded_J = mean_genes() if settings.has_decoder else None
+        model.initialize_output(torch.zeros(store.embed_dim), decoded_J)
     return SetObjective(model, features.values, config.loss)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from data_store.cell_sets import find_groups, pair_controls
+from data_store.embedding_scale import EmbeddingScale, StandardizedRows, measure_embedding
 from data_store.row_reader import RowReader, open_rows
 from data_store.schema import ControlCells, PerturbationProfiles, SplitName
 from data_store.splits import Splits, split_rows
@@ -83,15 +84,21 @@ class PredictContext:
     @cached_property
     def cell_reader(self) -> RowReader:
         """Gives control cells as the model takes them: their genes, or their embedding."""
-        model = self.config.model
-        if model.embed_key is None:
+        if self.config.model.embed_key is None:
             return self.reader
-        return open_rows(
+        rows = open_rows(
             self.store,
-            model.cell_space,
+            "embedding",
             self.held_out.control_rows,
             resident_gib=self.config.data.resident_gib,
         )
+        return StandardizedRows(rows, self.embedding_scale)
+
+    @cached_property
+    def embedding_scale(self) -> EmbeddingScale:
+        """The units of the embedding that the model was trained in."""
+        _, control_rows = split_rows(self.store, self.splits, "train")
+        return measure_embedding(self.store, control_rows)
 
     @cached_property
     def features_PD(self) -> FloatMatrix:
@@ -210,7 +217,7 @@ def predict_own_cells(context: PredictContext, weights: Path) -> FloatMatrix:
     out_NG = np.empty((len(held_out.target_rows), predicts.num_genes), dtype=np.float32)
     for places, batch in batches:
         (out_NG[places],) = predict_cells(objective, [batch])
-    return out_NG
+    return out_NG if config.is_judged else context.embedding_scale.restore(out_NG)
 
 
 def predict_with_baseline(
