@@ -1,5 +1,6 @@
 """What the training loop gets of a store: the same tensors from counts and from dense arrays."""
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import torch
 
 import launcher.batches
 from data_store import row_reader
+from data_store.embedding_scale import measure_embedding
 from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import CellCounts, ObsColumns
 from data_store.shared_copies import SharedCopies
 from data_store.simulate import SimulationSpec, simulate_atlas
-from data_store.splits import make_random_splits
+from data_store.splits import make_random_splits, split_rows
 from launcher.batches import build_batch_source
 from state.batch_tensors import to_device
 from state.config import RunConfig
 
 CPU = torch.device("cpu")
+SPLITS = partial(make_random_splits, train=0.6, val=0.2, seed=0, controls="partition", drop=())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def build(store, space: str, *, as_counts: bool, world_size: int = 1, **settings
             "train": {"micro_batch_size": 2, "val_max_sets": 5},
         }
     )
-    splits = make_random_splits(store, train=0.6, val=0.2, seed=0, controls="partition", drop=())
+    splits = SPLITS(store)
     return build_batch_source(
         config, config.train, store, splits, 0, world_size, as_counts=as_counts
     )
@@ -93,7 +96,10 @@ def test_ranks_share_a_copy_and_a_lone_worker_has_its_own(store, copies_folder: 
 @pytest.mark.parametrize("resident_gib", [4.0, 0.0])
 @pytest.mark.parametrize("space", ["all", "hvg", "embedding"])
 def test_an_embedding_comes_with_the_genes_it_is_decoded_to(store, space, resident_gib):
+    # In the model's units, which the train controls give.
     embedding = store.read_matrix("embedding")
+    _, control_rows = split_rows(store, SPLITS(store), "train")
+    measure_embedding(store, control_rows).standardize(embedding)
     genes = build(store, "hvg" if space == "embedding" else space, as_counts=False)
     settings = {"embed_key": "X_emb", "data": {"resident_gib": resident_gib}}
     for as_counts in (False, True):
