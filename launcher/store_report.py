@@ -17,6 +17,7 @@ def describe_briefly(store: Store) -> str:
     return (
         f"{store.path}: {store.num_cells} cells, {len(store.genes)} genes, "
         f"{len(store.hvg_index)} highly variable"
+        + (f", {store.embed_key} of {store.embed_dim} numbers" if store.embed_key else "")
         + (f" (kept: {', '.join(oddities)})" if oddities else "")
     )
 
