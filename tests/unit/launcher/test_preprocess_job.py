@@ -114,3 +114,28 @@ def test_a_store_must_hold_the_embedding_that_is_asked_for(source, embedded, tmp
     assert "obsm" not in describe_fully(plain)
     facts, before = describe_store(store), describe_store(plain)
     assert (facts["embedding"], before["embedding"]) == (f"{KEY} of 4", "none")
+
+
+def test_a_missing_file_of_the_embedding_is_named_and_a_present_one_is_never_deleted(
+    source, embedded, tmp_path
+):
+    folder = tmp_path / "run"
+    reporter = Reporter(Console(file=io.StringIO()))
+
+    def pipeline_of(embed_file: Path) -> Pipeline:
+        data = DataConfig(input=source, embed_file=embed_file)
+        model = ModelConfig(embed_key=KEY)
+        config = RunConfig(name="r", output_dir=folder, data=data, model=model)
+        return Pipeline(config, ThisProcess(reporter), reporter)
+
+    absent = pipeline_of(tmp_path / "embeded.h5ad").missing_inputs()
+    assert "data.embed_file" in absent[0]
+    assert "did you mean 'embedded.h5ad'" in absent[0]
+    assert "embed_file" not in " ".join(pipeline_of(embedded).missing_inputs())
+    # In what --overwrite empties.
+    inside = folder / "store" / "embedded.h5ad"
+    inside.parent.mkdir(parents=True)
+    embedded.rename(inside)
+    pipeline = pipeline_of(inside)
+    with pytest.raises(LaunchError, match="would delete the input .*embedded.h5ad"):
+        pipeline.folder._refuse_to_delete_inputs(pipeline.config)
