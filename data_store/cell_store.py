@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_store.row_blocks import Allocate, CountRows, RowBlock
-from data_store.schema import OutputSpace
+from data_store.schema import CellSpace
 from data_store.shard_reader import ReadBuffer
 
 Rows: TypeAlias = npt.NDArray[np.int64]
@@ -71,11 +71,11 @@ class CellStore(Protocol):
         """[N] index in ``batches``."""
         ...
 
-    def nbytes(self, space: OutputSpace) -> int:
+    def nbytes(self, space: CellSpace) -> int:
         """Size of the dense float32 matrix of a space, bytes."""
         ...
 
-    def row_nbytes(self, space: OutputSpace) -> npt.NDArray[np.int64]:
+    def row_nbytes(self, space: CellSpace) -> npt.NDArray[np.int64]:
         """Bytes that each row takes in memory, in the form ``read_block`` gives it."""
         ...
 
@@ -84,7 +84,7 @@ class CellStore(Protocol):
         ...
 
     def read_block(
-        self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
+        self, space: CellSpace, start: int, stop: int, buffer: ReadBuffer | None = None
     ) -> RowBlock:
         """Read rows [start, stop); with a buffer they are valid until its next use."""
         ...

@@ -2,7 +2,8 @@
 
 The end of the data store: ``sampler`` and ``cell_sets`` say which cells, ``row_reader`` gives
 their values, and the training loop takes ``CellBatch`` after ``CellBatch``.
-Shape legend: B cell sets, S slots in a set, G genes.
+Shape legend: B cell sets, S slots in a set, G genes or width of an embedding, J genes it is decoded
+to.
 Tests: ``pytest tests/unit/data_store/test_loader.py``.
 """
 
@@ -21,7 +22,7 @@ from data_store.array_pool import ArrayPool
 from data_store.cell_sets import CellSets
 from data_store.row_reader import RowReader
 from data_store.sampler import SetSlice
-from data_store.schema import CellBatch, CellValues
+from data_store.schema import NO_GENES, CellBatch, CellValues
 
 
 class CellSetLoader(Iterator[CellBatch]):
@@ -39,12 +40,15 @@ class CellSetLoader(Iterator[CellBatch]):
     sampler
         Says which sets come next: ``SetSampler`` (endless) or ``FixedSetSampler``.
     reader
-        Gives the expression values.
+        Gives the values of control and target cells.
     prefetch_batches
         Batches prepared ahead in a background thread; 0: prepared when asked for.
     as_counts
-        Give the expression as ``CellCounts``, to be made dense on the device. The reader must be
+        Give the expression as ``CellCounts``, to be made dense on the device. Its reader must be
         of the space ``all`` and hold no dense rows.
+    gene_reader
+        Gives the expression of the target cells besides, where ``reader`` gives embeddings that
+        are decoded to genes.
     """
 
     def __init__(
@@ -55,9 +59,11 @@ class CellSetLoader(Iterator[CellBatch]):
         *,
         prefetch_batches: int = 0,
         as_counts: bool = False,
+        gene_reader: RowReader | None = None,
     ) -> None:
         self._sets = sets
         self._reader = reader
+        self._gene_reader = gene_reader
         self._handed_out: SetSlice | None = None
         self._pool = ArrayPool()
         self._as_counts = as_counts
@@ -106,8 +112,30 @@ class CellSetLoader(Iterator[CellBatch]):
             yield batch
 
     def _load_one(self, slice_: SetSlice) -> CellBatch:
-        load = load_count_batch if self._as_counts else load_batch
-        return load(self._sets, slice_, self._reader, self._pool)
+        """Compose the sets of a slice and gather their values into arrays nobody else has."""
+        cells = _compose(self._sets, slice_)
+        if self._gene_reader is None:
+            return cells.with_values(
+                self._gather(self._reader, cells.control_rows_BS, as_counts=self._as_counts),
+                self._gather(self._reader, cells.target_rows_BS, as_counts=self._as_counts),
+            )
+        return cells.with_values(
+            self._gather(self._reader, cells.control_rows_BS),
+            self._gather(self._reader, cells.target_rows_BS),
+            self._gather(self._gene_reader, cells.target_rows_BS, as_counts=self._as_counts),
+        )
+
+    def _gather(
+        self, reader: RowReader, rows_BS: npt.NDArray[np.int64], *, as_counts: bool = False
+    ) -> CellValues:
+        if as_counts:
+            return reader.take_counts(rows_BS, self._pool)
+        values_BSG = self._pool.take((*rows_BS.shape, reader.num_genes))
+        for rows_S, values_SG in zip(rows_BS, values_BSG, strict=True):
+            size = int((rows_S >= 0).sum())
+            reader.take(rows_S[:size], values_SG[:size])
+            values_SG[size:] = 0
+        return values_BSG
 
     def _prefetch(self, slices: Iterator[SetSlice], ahead: int) -> Generator[CellBatch, None, None]:
         pending: deque[tuple[SetSlice, Future[CellBatch]]] = deque()
@@ -129,41 +157,18 @@ class CellSetLoader(Iterator[CellBatch]):
         return batch
 
 
-def load_batch(sets: CellSets, slice_: SetSlice, reader: RowReader, pool: ArrayPool) -> CellBatch:
-    """Compose the sets of a slice and gather their values into arrays that nobody else has."""
-    cells = _compose(sets, slice_)
-    shape = (*cells.target_rows_BS.shape, reader.num_genes)
-    control_BSG, target_BSG = pool.take(shape), pool.take(shape)
-    for place, size in enumerate(cells.size_B.tolist()):
-        reader.take(cells.control_rows_BS[place, :size], control_BSG[place, :size])
-        reader.take(cells.target_rows_BS[place, :size], target_BSG[place, :size])
-        control_BSG[place, size:] = 0
-        target_BSG[place, size:] = 0
-    return cells.with_values(control_BSG, target_BSG)
-
-
-def load_count_batch(
-    sets: CellSets, slice_: SetSlice, reader: RowReader, pool: ArrayPool
-) -> CellBatch:
-    """Compose the sets of a slice and gather their counts into arrays that nobody else has."""
-    cells = _compose(sets, slice_)
-    return cells.with_values(
-        reader.take_counts(cells.control_rows_BS, pool),
-        reader.take_counts(cells.target_rows_BS, pool),
-    )
-
-
 class _ComposedSets(NamedTuple):
-    """The cells of a slice's sets, before their expression is read; rows of empty slots are -1."""
+    """The cells of a slice's sets, before their values are read; rows of empty slots are -1."""
 
-    size_B: npt.NDArray[np.int64]
     control_rows_BS: npt.NDArray[np.int64]
     target_rows_BS: npt.NDArray[np.int64]
     batch_BS: npt.NDArray[np.int64]
     pert_B: npt.NDArray[np.int64]
     context_B: npt.NDArray[np.int64]
 
-    def with_values(self, control_BSG: CellValues, target_BSG: CellValues) -> CellBatch:
+    def with_values(
+        self, control_BSG: CellValues, target_BSG: CellValues, genes_BSJ: CellValues = NO_GENES
+    ) -> CellBatch:
         return CellBatch(
             control_BSG=control_BSG,
             target_BSG=target_BSG,
@@ -171,19 +176,20 @@ class _ComposedSets(NamedTuple):
             pert_B=self.pert_B,
             context_B=self.context_B,
             batch_BS=self.batch_BS,
+            genes_BSJ=genes_BSJ,
         )
 
 
 def _compose(sets: CellSets, slice_: SetSlice) -> _ComposedSets:
     num_sets, num_slots = len(slice_.sets), sets.num_slots
-    size_B, pert_B, context_B = np.empty((3, num_sets), dtype=np.int64)
+    pert_B, context_B = np.empty((2, num_sets), dtype=np.int64)
     control_rows_BS, target_rows_BS = np.full((2, num_sets, num_slots), -1, dtype=np.int64)
     batch_BS = np.zeros((num_sets, num_slots), dtype=np.int64)
     for place, ref in enumerate(slice_.sets):
         cell_set = sets.compose(*ref)
-        size_B[place] = size = len(cell_set.target_rows)
+        size = len(cell_set.target_rows)
         control_rows_BS[place, :size] = cell_set.control_rows
         target_rows_BS[place, :size] = cell_set.target_rows
         batch_BS[place, :size] = cell_set.batch_S
         pert_B[place], context_B[place] = cell_set.pert, cell_set.context
-    return _ComposedSets(size_B, control_rows_BS, target_rows_BS, batch_BS, pert_B, context_B)
+    return _ComposedSets(control_rows_BS, target_rows_BS, batch_BS, pert_B, context_B)

@@ -117,6 +117,20 @@ def explain_change(made_with: Mapping[str, Any], now: Mapping[str, Any]) -> str 
 
     Where it lies does not matter.
     """
+    return _explain_files(made_with, now) or _explain_embedding(made_with, now)
+
+
+def _explain_embedding(made_with: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    before, after = made_with.get("embedding"), now.get("embedding")
+    if before is None and after is None:
+        return None
+    if before is None or after is None:
+        there, here = ("the input" if one is None else one["path"] for one in (before, after))
+        return f"an embedding from {there} there, from {here} now"
+    return _explain_files(before, after)
+
+
+def _explain_files(made_with: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     before, after = made_with["files"], now["files"]
     if len(before) != len(after):
         return f"{len(before)} input files there, {len(after)} now"

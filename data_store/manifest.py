@@ -100,7 +100,8 @@ def refuse_torn_files(root: Path, manifest: Manifest) -> None:
 
 def is_shard(name: str) -> bool:
     """Tell whether a file of the store holds a part of a matrix."""
-    return name.startswith(("X/data/c/", "X/indices/c/", "obsm/X_hvg/c/"))
+    folder, is_part, _ = name.partition("/c/")
+    return bool(is_part) and (folder in ("X/data", "X/indices") or folder.startswith("obsm/"))
 
 
 def _size(path: Path) -> int | None:

@@ -19,9 +19,17 @@ from data_store.deal import estimate_nnz
 from data_store.files import FullDiskError, full_disk_is_a_user_error
 from data_store.genes import check_flavor
 from data_store.ingest import CountSource
-from data_store.locate import describe_input, explain_change
+from data_store.locate import explain_change
 from data_store.manifest import FileRecord, Manifest, write_manifest
-from data_store.preprocess_plan import Cells, PreprocessSpec, deal_cells, plan_store, read_cells
+from data_store.preprocess_plan import (
+    Cells,
+    PreprocessSpec,
+    deal_cell_embedding,
+    deal_cells,
+    find_cell_embedding,
+    plan_store,
+    read_cells,
+)
 from data_store.preprocess_tasks import WriteJob, plan_store_blocks, write_block
 from data_store.schema import StoreError, TaskRunner, run_in_process
 from data_store.shards import create_arrays
@@ -78,8 +86,10 @@ def preprocess(spec: PreprocessSpec, run_tasks: TaskRunner = run_in_process) -> 
     # Tasks may run in another working folder.
     if isinstance(spec.input, Path):
         spec = replace(spec, input=spec.input.absolute())
+    if isinstance(spec.embed_file, Path):
+        spec = replace(spec, embed_file=spec.embed_file.absolute())
     spec = replace(spec, out=spec.out.absolute())
-    identity = {"source": describe_input(spec.input), "spec": spec.describe()}
+    identity = {"source": spec.describe_source(), "spec": spec.describe()}
     finished = find_finished_store(spec.out, identity)
     if finished is not None:
         logger.info("%s is already made from the same input and settings", finished)
@@ -90,7 +100,7 @@ def preprocess(spec: PreprocessSpec, run_tasks: TaskRunner = run_in_process) -> 
     build_key = {**identity, "rows_per_block": spec.rows_per_block}
     with full_disk_is_a_user_error(spec.out), Workspace.open(spec.out, build_key) as workspace:
         _build(spec, source, cells, workspace, run_tasks)
-        change = explain_change(identity["source"], describe_input(spec.input))
+        change = explain_change(identity["source"], spec.describe_source())
         if change is not None:
             raise StoreError(
                 f"{spec.input} changed while it was read ({change}); run preprocessing again"
@@ -106,18 +116,26 @@ def _build(
     workspace: Workspace,
     run_tasks: TaskRunner,
 ) -> None:
+    embedding = find_cell_embedding(spec, source, cells.rows, cells.obs.index)
+    embed_dim = 0 if embedding is None else embedding.dim
+    embed_bytes = 4 * cells.rows.size * embed_dim
     _check_room(
         workspace,
-        BYTES_PER_DEALT_NNZ * estimate_nnz(source, cells.rows) - workspace.num_dealt_bytes(),
+        BYTES_PER_DEALT_NNZ * estimate_nnz(source, cells.rows)
+        + 2 * embed_bytes
+        - workspace.num_dealt_bytes(),
         "preprocessing needs",
     )
+    # First: it is less to read, and may be refused for what it holds.
+    embedding_deals = deal_cell_embedding(embedding, workspace, run_tasks)
     dealt = deal_cells(spec, source, cells.rows, workspace, run_tasks)
-    content = plan_store(spec, source, cells, dealt, workspace, run_tasks)
+    content = plan_store(spec, source, cells, dealt, embed_dim, workspace, run_tasks)
     plan, root = content.plan, workspace.root
     _check_room(
         workspace,
         BYTES_PER_NNZ * plan.layout.nnz
         + BYTES_PER_HVG_NNZ * content.hvg_nnz
+        + embed_bytes
         + 8 * plan.layout.num_cells
         - workspace.num_bytes(),
         "the store needs",
@@ -131,7 +149,10 @@ def _build(
         hvg_flavor=spec.hvg_flavor,
     )
     consolidate_metadata(root)
-    job = WriteJob(root, workspace.records, dealt.deals, plan.layout, plan.hvg_index)
+    job = WriteJob(
+        *(root, workspace.records, dealt.deals, plan.layout, plan.hvg_index),
+        embedding_deals,
+    )
     blocks = plan_store_blocks(plan.layout, plan.indptr, plan.size_factors)
     written = run_tasks(partial(write_block, job=job), blocks, what="write store", unit="cells")
     shards: dict[str, FileRecord] = {}
@@ -141,7 +162,7 @@ def _build(
         root,
         Manifest(
             source={
-                **describe_input(spec.input),
+                **spec.describe_source(),
                 "cells": [file.num_cells for file in source.files],
             },
             spec=spec.describe(),

@@ -18,11 +18,18 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_store.atlas import read_table
+from data_store.cell_embedding import (
+    CellEmbedding,
+    EmbeddingDeals,
+    deal_embedding,
+    find_embedding,
+)
 from data_store.count_blocks import CountBlock
 from data_store.deal import DealJob, Dealt, deal_atlas
 from data_store.deal_file import Deals
 from data_store.genes import refuse_too_many_batches, select_genes
 from data_store.ingest import CountSource
+from data_store.locate import describe_input
 from data_store.normalize import compute_size_factors, compute_target_sum
 from data_store.obs_labels import (
     CellLabels,
@@ -76,10 +83,23 @@ class PreprocessSpec:
     """How highly variable genes are ranked."""
     hvg_batch_key: str | None = None
     """``obs`` column; genes are selected within each of its batches. None: in all cells."""
+    embed_key: str | None = None
+    """Embedding of the cells to keep beside their genes, by its name in ``obsm``; None: none."""
+    embed_file: InputPath | None = None
+    """AnnData file that has the embedding, of cells with the same names; None: the input."""
+
+    def describe_source(self) -> dict[str, Any]:
+        """Return what identifies the input without reading it."""
+        source = describe_input(self.input)
+        if self.embed_key is not None and self.embed_file is not None:
+            source["embedding"] = describe_input(self.embed_file)
+        return source
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that shape the content, as JSON."""
+        embedding = {} if self.embed_key is None else {"embed_key": self.embed_key}
         return {
+            **embedding,
             **asdict(self.columns),
             "library_size_col": self.library_size_col,
             "keep": {column: list(values) for column, values in self.keep.items()},
@@ -201,11 +221,45 @@ def deal_cells(
     return deal_atlas(job, run_tasks, rows_per_block=spec.rows_per_block)
 
 
+def find_cell_embedding(
+    spec: PreprocessSpec,
+    source: CountSource,
+    rows: npt.NDArray[np.int64],
+    names: pd.Index,
+) -> CellEmbedding | None:
+    """Find the embedding of cells of the atlas, if one is asked for; arguments as ``deal_cells``.
+
+    Raises
+    ------
+    StoreError
+        If it is not there, or does not fit the cells.
+    """
+    if spec.embed_key is None:
+        return None
+    return find_embedding(spec.embed_key, spec.embed_file, source, rows, names)
+
+
+def deal_cell_embedding(
+    embedding: CellEmbedding | None, workspace: Workspace, run_tasks: TaskRunner
+) -> EmbeddingDeals | None:
+    """Deal the embedding, if there is one.
+
+    Raises
+    ------
+    StoreError
+        If a value is not finite, or a file cannot be read.
+    """
+    if embedding is None:
+        return None
+    return deal_embedding(embedding, workspace.deals, run_tasks)
+
+
 def plan_store(
     spec: PreprocessSpec,
     source: CountSource,
     cells: Cells,
     dealt: Dealt,
+    embed_dim: int,
     workspace: Workspace,
     run_tasks: TaskRunner,
 ) -> StoreContent:
@@ -217,6 +271,8 @@ def plan_store(
         Settings, input, and its kept cells.
     dealt
         Their counts.
+    embed_dim
+        Width of their embedding; 0: there is none.
     workspace
         Keeps the table of genes.
     run_tasks
@@ -248,6 +304,8 @@ def plan_store(
         nnz=int(indptr[-1]),
         rows_per_block=spec.rows_per_block,
         count_dtype=dealt.deals.dtype,
+        embed_key=spec.embed_key,
+        embed_dim=embed_dim,
     )
     var = read_table(source, "var")
     return StoreContent(

@@ -16,12 +16,13 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from data_store.cell_embedding import EmbeddingDeals
 from data_store.count_blocks import CountBlock
 from data_store.deal_file import Deals, SparseRows
 from data_store.files import full_disk_is_a_user_error, write_json_atomically
 from data_store.manifest import FileRecord, hash_file, is_intact
 from data_store.normalize import look_up_log1p
-from data_store.shards import HVG_PATH, StoreLayout, write_hvg_shard, write_nnz_shards
+from data_store.shards import HVG_PATH, StoreLayout, write_nnz_shards, write_row_shard
 
 Result = TypeVar("Result")
 
@@ -66,8 +67,8 @@ def _cut_rows(
 class StoreBlock:
     """Cells of the store that one task writes, and the shards it owns.
 
-    A task owns one shard of ``X_hvg`` and those shards of non-zeros that begin within its rows.
-    The last of these may end in the next block, so it reads on to there.
+    A task owns one shard of ``X_hvg`` (and of an embedding) and those shards of non-zeros that
+    begin within its rows. The last of these may end in the next block, so it reads on to there.
     """
 
     index: int
@@ -92,7 +93,8 @@ class StoreBlock:
         end = -(-self.stop_nnz // layout.shard_nnz)
         owned = range(self.first_shard, max(self.first_shard, end))
         names = [f"X/{name}/c/{shard}" for name in ("data", "indices") for shard in owned]
-        return [*names, f"{HVG_PATH}/c/{self.index}/0"]
+        dense = [HVG_PATH] if layout.embed_key is None else [HVG_PATH, layout.embed_path]
+        return [*names, *(f"{path}/c/{self.index}/0" for path in dense)]
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class WriteJob:
     """Shapes and shards."""
     hvg_index: npt.NDArray[np.int64]
     """[H] genes of ``X_hvg``."""
+    embedding: EmbeddingDeals | None
+    """The cells' embedding, if the layout has one."""
 
 
 def plan_store_blocks(
@@ -166,7 +170,11 @@ def _write_shards(block: StoreBlock, job: WriteJob, rows: SparseRows) -> list[st
         job.root, layout, block.first_shard, rows.values[owned], rows.genes[owned]
     )
     hvg = _densify_columns(block, rows, job.hvg_index, layout.num_genes)
-    return names + write_hvg_shard(job.root, layout, block.index, hvg)
+    names += write_row_shard(job.root, layout, HVG_PATH, block.index, hvg)
+    if job.embedding is not None:
+        rows_NE = job.embedding.read(block.start, block.start + block.num_cells)
+        names += write_row_shard(job.root, layout, layout.embed_path, block.index, rows_NE)
+    return names
 
 
 def _densify_columns(

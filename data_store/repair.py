@@ -7,10 +7,11 @@ has the checksum that the manifest recorded. Tested by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +20,14 @@ from data_store.atlas import open_source
 from data_store.files import full_disk_is_a_user_error, sync_tree
 from data_store.hints import some
 from data_store.ingest import CountSource
-from data_store.locate import describe_input, explain_change
+from data_store.locate import explain_change
 from data_store.manifest import Manifest, is_intact, is_shard, list_damaged, read_manifest
 from data_store.preprocess_plan import (
     PreprocessSpec,
     StorePlan,
+    deal_cell_embedding,
     deal_cells,
+    find_cell_embedding,
     plan_store,
     read_cells,
 )
@@ -57,7 +60,7 @@ def repair_store(path: Path, run_tasks: TaskRunner = run_in_process) -> list[str
     if not damaged:
         return []
     spec = _restore_spec(path, manifest)
-    _refuse_other_input(path, spec.input, manifest)
+    _refuse_other_input(path, spec, manifest)
     source = open_source(spec.input, spec.layer, spec.genes)
     out = path.with_name(f"{path.name}.repair")
     key = {"source": manifest.source, "spec": manifest.spec, "damaged": damaged}
@@ -81,9 +84,9 @@ def repair_store(path: Path, run_tasks: TaskRunner = run_in_process) -> list[str
 
 def _restore_spec(path: Path, manifest: Manifest) -> PreprocessSpec:
     made_with = manifest.spec
-    location = manifest.source["path"]
+    embedding = manifest.source.get("embedding")
     return PreprocessSpec(
-        input=location if "://" in location else Path(location),
+        input=_restore_location(manifest.source),
         out=path,
         columns=ObsColumns(**{key: made_with[key] for key in asdict(ObsColumns())}),
         library_size_col=made_with["library_size_col"],
@@ -94,13 +97,20 @@ def _restore_spec(path: Path, manifest: Manifest) -> PreprocessSpec:
         genes=made_with["genes"],
         hvg_flavor=made_with["hvg_flavor"],
         hvg_batch_key=made_with["hvg_batch_key"],
+        embed_key=made_with.get("embed_key"),
+        embed_file=None if embedding is None else _restore_location(embedding),
     )
 
 
-def _refuse_other_input(path: Path, location: InputPath, manifest: Manifest) -> None:
+def _restore_location(described: Mapping[str, Any]) -> InputPath:
+    location: str = described["path"]
+    return location if "://" in location else Path(location)
+
+
+def _refuse_other_input(path: Path, spec: PreprocessSpec, manifest: Manifest) -> None:
     advice = "run 'statewide preprocess' anew, or copy the store again"
     try:
-        change = explain_change(manifest.source, describe_input(location))
+        change = explain_change(manifest.source, spec.describe_source())
     except StoreError as error:
         raise StoreError(
             f"{path} cannot be repaired without the input it was made from: {error}. Put it back, "
@@ -108,7 +118,7 @@ def _refuse_other_input(path: Path, location: InputPath, manifest: Manifest) -> 
         ) from error
     if change is not None:
         raise StoreError(
-            f"{path} cannot be repaired: its input {location} has changed since ({change}); "
+            f"{path} cannot be repaired: its input {spec.input} has changed since ({change}); "
             f"{advice}"
         )
 
@@ -129,14 +139,17 @@ def _make_anew(
         is_needed = np.zeros(rows.size, dtype=bool)
         for block in blocks:
             is_needed[block.start : block.read_stop] = True
-        rows = np.where(is_needed, rows, -1)
+        rows, names = np.where(is_needed, rows, -1), store.read_obs(np.arange(rows.size)).index
         deals = deal_cells(spec, source, rows, workspace, run_tasks).deals
+        embedding = find_cell_embedding(spec, source, rows, names)
         # What is left of the counts may need a smaller type than all of them.
         deals = replace(deals, dtype=plan.layout.count_dtype)
     else:
         cells = read_cells(spec, source)
+        embedding = find_cell_embedding(spec, source, cells.rows, cells.obs.index)
+        embed_dim = 0 if embedding is None else embedding.dim
         dealt = deal_cells(spec, source, cells.rows, workspace, run_tasks)
-        content = plan_store(spec, source, cells, dealt, workspace, run_tasks)
+        content = plan_store(spec, source, cells, dealt, embed_dim, workspace, run_tasks)
         deals, plan = dealt.deals, content.plan
         create_arrays(workspace.root, plan.layout, plan.indptr)
         write_annotations(
@@ -148,7 +161,10 @@ def _make_anew(
         )
         consolidate_metadata(workspace.root)
         blocks = _damaged_blocks(plan, damaged)
-    job = WriteJob(workspace.root, workspace.records, deals, plan.layout, plan.hvg_index)
+    job = WriteJob(
+        *(workspace.root, workspace.records, deals, plan.layout, plan.hvg_index),
+        deal_cell_embedding(embedding, workspace, run_tasks),
+    )
     list(run_tasks(partial(write_block, job=job), blocks, what="repair", unit="cells"))
 
 
@@ -169,6 +185,8 @@ def _read_plan(store: Store) -> StorePlan:
         nnz=int(store.indptr[-1]),
         rows_per_block=store.manifest.rows_per_block,
         count_dtype=store.count_dtype,
+        embed_key=store.embed_key,
+        embed_dim=store.embed_dim,
     )
     return StorePlan(layout, store.indptr, store.size_factor, store.hvg_index)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,13 @@ import numpy.typing as npt
 from data_store.array_pool import ArrayPool
 from data_store.cell_store import CellStore, Rows
 from data_store.row_blocks import Allocate, CountRows, DenseRows, RowBlock, find_spans
-from data_store.schema import CellCounts, OutputSpace
+from data_store.schema import CellCounts, CellSpace
 from data_store.shard_reader import ReadBuffer
 from data_store.shared_copies import SharedCopies
 
 logger = logging.getLogger(__name__)
+
+HeldRows: TypeAlias = DenseRows | CountRows
 
 _GIB = 1 << 30
 # A chunk of the store holds about this many rows and is decoded whole: reading across a gap of so
@@ -32,7 +34,7 @@ _LONGEST_SPAN = 1024
 
 
 class RowReader(Protocol):
-    """Gives rows of one output space."""
+    """Gives rows of one space."""
 
     @property
     def num_genes(self) -> int:
@@ -56,11 +58,12 @@ class StoreRows:
     store
         Where to read.
     space
-        Which genes.
+        Which genes, or the embedding.
     held_rows
         Store rows to hold, ascending, without repetition; they are read now.
     dense
-        Hold them dense: faster to copy, but 4 bytes a gene. ``X_hvg`` is dense in any case.
+        Hold them dense: faster to copy, but 4 bytes a gene. Other spaces than ``all`` are dense in
+        any case.
     copies
         Where the processes of this node share what they hold; None, or no room there: each has
         its own.
@@ -69,14 +72,14 @@ class StoreRows:
     def __init__(
         self,
         store: CellStore,
-        space: OutputSpace,
+        space: CellSpace,
         held_rows: Rows,
         *,
         dense: bool,
         copies: SharedCopies | None = None,
     ) -> None:
         self._store = store
-        self._space: OutputSpace = space
+        self._space: CellSpace = space
         self._num_genes = store.nbytes(space) // np.dtype(np.float32).itemsize // store.num_cells
         self._lock = threading.Lock()
         self._buffer = ReadBuffer()
@@ -88,6 +91,11 @@ class StoreRows:
     def num_genes(self) -> int:
         """G, columns of the space."""
         return self._num_genes
+
+    @property
+    def held_gib(self) -> float:
+        """Memory that the held rows take, GiB."""
+        return sum(array.nbytes for array in self._held.bulk) / _GIB
 
     def take(self, rows_N: Rows, out_NG: npt.NDArray[np.float32]) -> None:
         """Write rows into ``out_NG``.
@@ -153,9 +161,9 @@ class StoreRows:
     def _read(self, span: Rows) -> RowBlock:
         return self._store.read_block(self._space, int(span[0]), int(span[-1]) + 1, self._buffer)
 
-    def _hold(self, rows: Rows, copies: SharedCopies | None, *, dense: bool) -> RowBlock:
-        block: DenseRows | CountRows
-        if dense or self._space == "hvg":
+    def _hold(self, rows: Rows, copies: SharedCopies | None, *, dense: bool) -> HeldRows:
+        block: HeldRows
+        if dense or self._space != "all":
             block = DenseRows.allocate(len(rows), self._num_genes)
         else:
             block = self._store.allocate_counts(rows)
@@ -170,7 +178,7 @@ class StoreRows:
         self._fill(block, rows)
         return block
 
-    def _fill(self, held: DenseRows | CountRows, rows: Rows) -> None:
+    def _fill(self, held: HeldRows, rows: Rows) -> None:
         first = 0
         for span in _find_spans(rows):
             slots = np.arange(first, first + len(span))
@@ -185,7 +193,7 @@ class StoreRows:
 
 def open_rows(
     store: CellStore,
-    space: OutputSpace,
+    space: CellSpace,
     wanted_rows: Rows,
     *,
     resident_gib: float,

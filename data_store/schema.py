@@ -1,8 +1,9 @@
 """Types that cross package borders: what a batch is, what a table of cells is, how errors look.
 
 This is the lowest level of the import order: it imports nothing of ours, and ``state`` may
-import it alone from ``data_store``. Shape legend: B cell sets, S cells in a set, G genes,
-N cells, P perturbations, D feature width.
+import it alone from ``data_store``. Shape legend: B cell sets, S cells in a set, G genes (or the
+width of an embedding), J genes an embedding is decoded to, N cells, P perturbations, D feature
+width.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ SplitName: TypeAlias = Literal["train", "val", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "val", "test")
 
 OutputSpace: TypeAlias = Literal["hvg", "all"]
+"""Genes that a cell is given in: the highly variable ones, or all."""
+CellSpace: TypeAlias = Literal["hvg", "all", "embedding"]
+"""What a cell is given in: genes, or the embedding that the store holds."""
 
 InputPath: TypeAlias = Path | str
 """A file, folder or glob (``Path``), or a URL that fsspec opens (``str``)."""
@@ -88,6 +92,9 @@ CellValues: TypeAlias = npt.NDArray[np.float32] | CellCounts
 """Log-normalised expression [B, S, G], dense or still to be made dense."""
 
 
+NO_GENES: npt.NDArray[np.float32] = np.empty((0, 0, 0), dtype=np.float32)
+
+
 class CellBatch(NamedTuple):
     """A micro-batch of B cell sets of S slots each. Empty slots are zero and masked."""
 
@@ -103,6 +110,8 @@ class CellBatch(NamedTuple):
     """Index of the set's context in ``Store.contexts``."""
     batch_BS: npt.NDArray[np.int64]
     """Index of each cell's experimental batch in ``Store.batches``; 0 in empty slots."""
+    genes_BSJ: CellValues = NO_GENES
+    """Expression of the target cells, where these are an embedding that is decoded to genes."""
 
     @property
     def sizes_B(self) -> npt.NDArray[np.int64]:
@@ -112,7 +121,8 @@ class CellBatch(NamedTuple):
 
     def arrays(self) -> tuple[CellValues | npt.NDArray[Any], ...]:
         """Return what ``state.losses.SetObjective.forward`` takes, in its order."""
-        return self.control_BSG, self.target_BSG, self.mask_BS, self.pert_B, self.batch_BS
+        cells = (self.control_BSG, self.target_BSG, self.mask_BS)
+        return *cells, self.pert_B, self.batch_BS, self.genes_BSJ
 
 
 ExpressionValues: TypeAlias = sp.csr_matrix | npt.NDArray[np.float32]

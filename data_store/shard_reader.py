@@ -112,7 +112,7 @@ class ShardedArray:
         chunk_items = self._chunk_rows * self._row_items
         num_items = (last - first) * chunk_items
         buffer = buffer or ReadBuffer()
-        items = buffer.take(self._path.name, num_items, self.dtype)
+        items = buffer.take(str(self._path), num_items, self.dtype)
         per_shard = self._chunks_per_shard
         for shard in range(first // per_shard, (last - 1) // per_shard + 1):
             begin, end = max(first, shard * per_shard), min(last, (shard + 1) * per_shard)

@@ -1,8 +1,8 @@
 """Write the matrices of a store: sharded Zarr v3 arrays in the form that anndata reads.
 
 ``X`` is CSR of raw counts with ``data`` and ``indices`` cut into shards of equally many non-zeros;
-``X_hvg`` is dense with shards of equally many rows. Every shard file is written whole, by one task.
-Shape legend: N cells, G genes, H highly variable genes.
+``X_hvg`` and an embedding are dense with shards of equally many rows. Every shard file is written
+whole, by one task. Shape legend: N cells, G genes, H highly variable genes.
 """
 
 from __future__ import annotations
@@ -68,6 +68,15 @@ class StoreLayout:
     """Rows in a shard of ``X_hvg`` and in a task's block, a multiple of ``chunk_rows``."""
     count_dtype: str
     """Type of ``X/data``: the smallest unsigned one that holds every count."""
+    embed_key: str | None = None
+    """Name in ``obsm`` of the cells' embedding; None: there is none."""
+    embed_dim: int = 0
+    """Width of the embedding, which is cut as ``X_hvg`` is."""
+
+    @property
+    def embed_path(self) -> str:
+        """Path of the embedding."""
+        return f"obsm/{self.embed_key}"
 
     @property
     def index_dtype(self) -> str:
@@ -87,6 +96,8 @@ def plan_layout(
     nnz: int,
     rows_per_block: int,
     count_dtype: str,
+    embed_key: str | None = None,
+    embed_dim: int = 0,
 ) -> StoreLayout:
     """Choose chunk and shard sizes from the size and density of the data."""
     chunk_rows = min(ROWS_PER_CHUNK, rows_per_block, num_cells)
@@ -105,6 +116,8 @@ def plan_layout(
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
         count_dtype=count_dtype,
+        embed_key=embed_key,
+        embed_dim=embed_dim,
     )
 
 
@@ -120,22 +133,23 @@ def create_arrays(root: Path, layout: StoreLayout, indptr: npt.NDArray[np.int64]
     vector = {"shape": (layout.nnz,), "chunks": (layout.chunk_nnz,), "shards": (layout.shard_nnz,)}
     _create_array(store, root, "X/data", {**vector, "dtype": layout.count_dtype})
     _create_array(store, root, "X/indices", {**vector, "dtype": layout.index_dtype})
-    _create_array(
-        store,
-        root,
-        HVG_PATH,
-        {
-            "shape": (layout.num_cells, layout.num_hvg),
-            "chunks": (layout.chunk_rows, layout.num_hvg),
-            "shards": (layout.shard_rows, layout.num_hvg),
-            "dtype": "float32",
-            "attributes": {"encoding-type": "array", "encoding-version": "0.2.0"},
-        },
-    )
+    _create_array(store, root, HVG_PATH, _spec_of_rows(layout, layout.num_hvg))
+    if layout.embed_key is not None:
+        _create_array(store, root, layout.embed_path, _spec_of_rows(layout, layout.embed_dim))
     chunk = min(indptr.size, INDPTR_CHUNK)
     spec = {"shape": indptr.shape, "chunks": (chunk,), "dtype": layout.index_dtype}
     _create_array(store, root, "X/indptr", spec)
     zarr.open_array(LocalStore(root), path="X/indptr", mode="r+")[:] = indptr
+
+
+def _spec_of_rows(layout: StoreLayout, width: int) -> dict[str, Any]:
+    return {
+        "shape": (layout.num_cells, width),
+        "chunks": (layout.chunk_rows, width),
+        "shards": (layout.shard_rows, width),
+        "dtype": "float32",
+        "attributes": {"encoding-type": "array", "encoding-version": "0.2.0"},
+    }
 
 
 def _create_group(store: LocalStore, root: Path, name: str, attributes: dict[str, Any]) -> None:
@@ -145,7 +159,7 @@ def _create_group(store: LocalStore, root: Path, name: str, attributes: dict[str
 
 def _create_array(store: LocalStore, root: Path, name: str, spec: dict[str, Any]) -> None:
     if not (root / name / "zarr.json").is_file():
-        codec = BloscCodec(cname="lz4", clevel=_CLEVEL, shuffle=_SHUFFLES[name])
+        codec = BloscCodec(cname="lz4", clevel=_CLEVEL, shuffle=_shuffle_of(name))
         # A checksum behind every chunk: whoever reads it sees a changed byte.
         codecs = [codec, Crc32cCodec()]
         zarr.create_array(store, name=name, zarr_format=3, compressors=codecs, fill_value=0, **spec)
@@ -185,13 +199,13 @@ def write_nnz_shards(
     return names
 
 
-def write_hvg_shard(
-    root: Path, layout: StoreLayout, shard: int, values_NH: npt.NDArray[np.float32]
+def write_row_shard(
+    root: Path, layout: StoreLayout, path: str, shard: int, values: npt.NDArray[np.float32]
 ) -> list[str]:
-    """Write one shard of ``X_hvg`` from its rows and return its relative path."""
-    name = f"{HVG_PATH}/c/{shard}/0"
+    """Write one shard of a dense matrix (``X_hvg``, an embedding) and return its relative path."""
+    name = f"{path}/c/{shard}/0"
     per_shard = layout.shard_rows // layout.chunk_rows
-    _write_shard(root, name, values_NH, np.dtype(np.float32), layout.chunk_rows, per_shard)
+    _write_shard(root, name, values, np.dtype(np.float32), layout.chunk_rows, per_shard)
     return [name]
 
 
@@ -209,7 +223,7 @@ def _write_shard(
     of zeros; the last is filled up with zeros.
     """
     index = np.full((per_shard, 2), _ABSENT, dtype="<u8")
-    shuffle = _BLOSC_SHUFFLES[_SHUFFLES[name.split("/c/")[0]]]
+    shuffle = _BLOSC_SHUFFLES[_shuffle_of(name.split("/c/")[0])]
     path = root / name
     end = 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,6 +240,11 @@ def _write_shard(
             end += len(encoded)
         body = index.tobytes()
         file.write(body + _checksum(body))
+
+
+def _shuffle_of(name: str) -> BloscShuffle:
+    # Of an embedding's numbers only sign and exponent are alike: a byte or so.
+    return _SHUFFLES.get(name, BloscShuffle.shuffle)
 
 
 def _checksum(content: bytes) -> bytes:

@@ -1,7 +1,8 @@
 """A finished store, read only: cells by perturbation, genes, and rows of expression.
 
 Made by ``data_store.preprocess``. Cells are sorted by (context, perturbation, batch, source row),
-so a group of cells is a range of rows. Shape legend: N cells, G genes, H highly variable genes.
+so a group of cells is a range of rows. Shape legend: N cells, G genes, H highly variable genes, E
+width of the embedding.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from data_store.manifest import (
 from data_store.normalize import look_up_log1p
 from data_store.obs_labels import read_cell_labels
 from data_store.row_blocks import Allocate, CountRows, DenseRows, RowBlock
-from data_store.schema import InputPath, ObsColumns, OutputSpace
+from data_store.schema import CellSpace, InputPath, ObsColumns, OutputSpace
 from data_store.shard_reader import ReadBuffer, ShardedArray
 from data_store.shards import HVG_PATH
 
@@ -148,6 +149,17 @@ class Store:
         return self.manifest.target_sum
 
     @property
+    def embed_key(self) -> str | None:
+        """Name in ``obsm`` of the embedding that the store holds; None: it holds none."""
+        key: str | None = self.manifest.spec.get("embed_key")
+        return key
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the embedding; 0 without one."""
+        return 0 if self.embed_key is None else self._arrays["embedding"].shape[1]
+
+    @property
     def count_dtype(self) -> str:
         """Type of the counts in ``X``."""
         return self._arrays["data"].dtype.name
@@ -158,15 +170,18 @@ class Store:
             return self.genes
         return tuple(self.genes[gene] for gene in self.hvg_index)
 
-    def nbytes(self, space: OutputSpace) -> int:
-        """Return the size of the dense float32 matrix of an output space."""
-        width = len(self.genes) if space == "all" else self.hvg_index.size
-        return self.num_cells * width * np.dtype(np.float32).itemsize
+    def width(self, space: CellSpace) -> int:
+        """Return the numbers of a cell in a space: genes, or the width of the embedding."""
+        return self.embed_dim if space == "embedding" else len(self.output_genes(space))
 
-    def row_nbytes(self, space: OutputSpace) -> npt.NDArray[np.int64]:
+    def nbytes(self, space: CellSpace) -> int:
+        """Return the size of the dense float32 matrix of a space."""
+        return self.num_cells * self.width(space) * np.dtype(np.float32).itemsize
+
+    def row_nbytes(self, space: CellSpace) -> npt.NDArray[np.int64]:
         """Return the bytes that each row takes in memory, in the form ``read_block`` gives it."""
-        if space == "hvg":
-            row_bytes = self.hvg_index.size * np.dtype(np.float32).itemsize
+        if space != "all":
+            row_bytes = self.width(space) * np.dtype(np.float32).itemsize
             return np.full(self.num_cells, row_bytes, dtype=np.int64)
         value_bytes = CountRows.bytes_per_nonzero(len(self.genes), self.count_dtype)
         return np.diff(self.indptr) * value_bytes
@@ -180,15 +195,15 @@ class Store:
         return CountRows.allocate(row_nnz, len(self.genes), self.count_dtype, factors, allocate)
 
     def read_block(
-        self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
+        self, space: CellSpace, start: int, stop: int, buffer: ReadBuffer | None = None
     ) -> RowBlock:
-        """Read rows ``start:stop`` as they are stored: ``X`` as counts, ``X_hvg`` dense.
+        """Read rows ``start:stop`` as they are stored: ``X`` as counts, the others dense.
 
         With a buffer the block is valid until the buffer's next use.
         """
         self._check_range(start, stop)
-        if space == "hvg":
-            return DenseRows(self._arrays["hvg"].read(start, stop, buffer))
+        if space != "all":
+            return DenseRows(self._arrays[space].read(start, stop, buffer))
         bounds = self.indptr[start : stop + 1]
         first, last = int(bounds[0]), int(bounds[-1])
         return CountRows(
@@ -211,22 +226,22 @@ class Store:
         values = look_up_log1p(counts.data, counts.indptr, self.size_factor[start:stop])
         return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
-    def read_rows(self, space: OutputSpace, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Read rows ``start:stop`` of an output space as a dense matrix.
+    def read_rows(self, space: CellSpace, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Read rows ``start:stop`` of a space as a dense matrix.
 
         Returns
         -------
-        [n, H] or [n, G] float32, log1p of normalised counts.
+        [n, H] or [n, G] float32, log1p of normalised counts; or [n, E], the embedding.
         """
         block = self.read_block(space, start, stop)
-        values = np.empty((stop - start, len(self.output_genes(space))), dtype=np.float32)
+        values = np.empty((stop - start, self.width(space)), dtype=np.float32)
         places = np.arange(stop - start)
         block.copy_rows(places, values, places)
         return values
 
-    def read_matrix(self, space: OutputSpace) -> npt.NDArray[np.float32]:
-        """Read all rows of an output space as one dense [N, H] or [N, G] float32 matrix."""
-        values = np.empty((self.num_cells, len(self.output_genes(space))), dtype=np.float32)
+    def read_matrix(self, space: CellSpace) -> npt.NDArray[np.float32]:
+        """Read all rows of a space as one dense [N, H], [N, G] or [N, E] float32 matrix."""
+        values = np.empty((self.num_cells, self.width(space)), dtype=np.float32)
         for start in range(0, self.num_cells, ROWS_PER_READ):
             stop = min(start + ROWS_PER_READ, self.num_cells)
             values[start:stop] = self.read_rows(space, start, stop)
@@ -251,6 +266,8 @@ class Store:
     @cached_property
     def _arrays(self) -> dict[str, ShardedArray]:
         names = {"data": "X/data", "indices": "X/indices", "hvg": HVG_PATH}
+        if self.embed_key is not None:
+            names["embedding"] = f"obsm/{self.embed_key}"
         return {key: ShardedArray(self.path / name) for key, name in names.items()}
 
     @cached_property

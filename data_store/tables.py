@@ -27,6 +27,7 @@ from data_store.hints import nearest, some
 from data_store.normalize import MAX_LOG1P
 from data_store.obs_labels import read_labels
 from data_store.schema import (
+    CellSpace,
     CellTable,
     ExpressionValues,
     ObsColumns,
@@ -186,6 +187,31 @@ def write_predictions(
         table.write_h5ad(temporary)
 
 
+def write_cell_embedding(
+    path: Path, key: str, values: npt.NDArray[np.float32], obs: pd.DataFrame
+) -> None:
+    """Write an h5ad with predicted embeddings in ``obsm[key]`` and no genes, atomically.
+
+    Parameters
+    ----------
+    path
+        The h5ad to write or replace.
+    key
+        Name of the matrix.
+    values
+        [N, E] embeddings.
+    obs
+        [N] annotations, those of the truth.
+
+    Raises
+    ------
+    StoreError
+        If the disk is full.
+    """
+    with file_made_whole(path) as temporary:
+        ad.AnnData(obs=obs, obsm={key: values}).write_h5ad(temporary)
+
+
 def _as_smaller_form(values: ExpressionValues) -> ExpressionValues:
     """Return CSR where that takes less room: a value with its index is twice a value."""
     if sp.issparse(values) or 2 * np.count_nonzero(values) >= values.size:
@@ -194,9 +220,9 @@ def _as_smaller_form(values: ExpressionValues) -> ExpressionValues:
 
 
 def compute_mean(
-    store: Store, rows: npt.NDArray[np.int64], space: OutputSpace
+    store: Store, rows: npt.NDArray[np.int64], space: CellSpace
 ) -> npt.NDArray[np.float64]:
-    """Average the log1p values of some cells, read in a stream.
+    """Average the values of some cells, read in a stream.
 
     Parameters
     ----------
@@ -205,7 +231,7 @@ def compute_mean(
     rows
         Store rows, ascending; at least one.
     space
-        Genes to average.
+        What to average: log1p values of genes, or the embedding.
 
     Returns
     -------
@@ -312,10 +338,10 @@ def _sum_groups(
     rows: npt.NDArray[np.int64],
     groups: npt.NDArray[np.int64],
     num_groups: int,
-    space: OutputSpace,
+    space: CellSpace,
 ) -> npt.NDArray[np.float64]:
-    sums = np.zeros((num_groups, len(store.output_genes(space))))
-    for block, values in _iterate_rows(store, rows, space):
+    sums = np.zeros((num_groups, store.width(space)))
+    for block, values in iterate_rows(store, rows, space):
         members = groups[block]
         membership = sp.csr_matrix(
             (np.ones(members.size), (members, np.arange(members.size))),
@@ -326,10 +352,20 @@ def _sum_groups(
     return sums
 
 
-def _iterate_rows(
-    store: Store, rows: npt.NDArray[np.int64], space: OutputSpace
+def iterate_rows(
+    store: Store, rows: npt.NDArray[np.int64], space: CellSpace
 ) -> Iterator[tuple[slice, ExpressionValues]]:
-    """Yield (places in ``rows``, their values), reading each stretch of the store once."""
+    """Yield (places in ``rows``, their values), reading each stretch of the store once.
+
+    Parameters
+    ----------
+    store
+        The cells.
+    rows
+        Store rows, ascending.
+    space
+        What to read; all genes come sparse.
+    """
     cuts = np.flatnonzero(np.diff(rows // ROWS_PER_READ)) + 1
     for lo, hi in zip([0, *cuts], [*cuts, rows.size], strict=True):
         if lo == hi:

@@ -203,7 +203,7 @@ class Workspace:
 
     def discard(self) -> None:
         """Remove the folder and all in it."""
-        shutil.rmtree(self.folder)
+        _remove_folder(self.folder)
 
 
 def _num_bytes(folder: Path) -> int:
@@ -214,7 +214,17 @@ def remove_leftovers(out: Path) -> None:
     """Remove what is left beside a finished store when the last clean-up was cut short."""
     folder = _partial_folder(out)
     if (folder / LOCK_NAME).is_file():
-        shutil.rmtree(folder)
+        _remove_folder(folder)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove the lock file last: without it, what a kill leaves here would be nobody's."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_NAME:
+            entry.unlink()
+    shutil.rmtree(folder)
 
 
 def _partial_folder(out: Path) -> Path:

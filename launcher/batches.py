@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_store.cell_sets import CellSets, build_cell_sets, find_groups
+from data_store.embedding_scale import StandardizedRows, measure_embedding
 from data_store.loader import CellSetLoader
 from data_store.row_reader import RowReader, open_rows
 from data_store.sampler import FixedSetSampler, SetSampler
@@ -37,7 +38,9 @@ def build_batch_source(
     genes are trained on, batches carry counts, which ``state.batch_tensors`` makes dense on the
     device; worth it where the device is not the CPU.
     """
-    as_counts = as_counts and config.model.gene_space == "all"
+    model = config.model
+    reads_genes = model.embed_key is None or model.has_decoder
+    as_counts = as_counts and model.gene_space == "all" and reads_genes
     train_rows, val_rows = split_rows(store, splits, "train"), split_rows(store, splits, "val")
 
     def build_sets(pert_rows: Rows, control_rows: Rows) -> CellSets:
@@ -52,15 +55,30 @@ def build_batch_source(
         )
 
     train_sets, val_sets = build_sets(*train_rows), build_sets(*val_rows)
-    reader = open_rows(
+    copies = SharedCopies() if world_size > 1 else None
+    cell_rows = open_rows(
         store,
-        config.model.gene_space,
+        model.cell_space,
         # Every set draws controls, so they are read most; validation reads its own again and again.
         np.concatenate([train_rows[1], *reversed(val_rows), train_rows[0]]),
         resident_gib=config.data.resident_gib,
         as_counts=as_counts,
-        copies=SharedCopies() if world_size > 1 else None,
+        copies=copies,
     )
+    reader: RowReader = cell_rows
+    if model.embed_key is not None:
+        reader = StandardizedRows(cell_rows, measure_embedding(store, train_rows[1]))
+    gene_reader = None
+    if model.has_decoder:
+        # Of controls the decoder asks nothing.
+        gene_reader = open_rows(
+            store,
+            model.gene_space,
+            np.concatenate([val_rows[0], train_rows[0]]),
+            resident_gib=config.data.resident_gib - cell_rows.held_gib,
+            as_counts=as_counts,
+            copies=copies,
+        )
 
     def open_train(position: int) -> CellSetLoader:
         sampler = SetSampler(
@@ -77,6 +95,7 @@ def build_batch_source(
             reader,
             prefetch_batches=config.data.prefetch_batches,
             as_counts=as_counts,
+            gene_reader=gene_reader,
         )
 
     def iterate_val() -> Iterable[tuple[CellBatch, npt.NDArray[np.float32]]]:
@@ -94,6 +113,7 @@ def build_batch_source(
             reader,
             prefetch_batches=config.data.prefetch_batches,
             as_counts=as_counts,
+            gene_reader=gene_reader,
         ).with_weights()
 
     return BatchSource(open_train=open_train, iterate_val=iterate_val)

@@ -97,7 +97,8 @@ def run(
     folder = _run_until("evaluate", config, overrides, address, local, overwrite, wait_resources)
     from launcher.evaluate_job import print_leaderboard
 
-    print_leaderboard(folder)
+    if folder.evaluation.is_dir():
+        print_leaderboard(folder)
 
 
 @app.command()
@@ -151,6 +152,13 @@ def preprocess(
     genes: Annotated[
         GeneChoice, typer.Option(help="Where the gene lists of several files differ.")
     ] = "same",
+    embed_key: Annotated[
+        str | None, typer.Option(help="obsm matrix to keep beside the genes, such as X_state.")
+    ] = None,
+    embed_file: Annotated[
+        Path | None,
+        typer.Option(help="AnnData file that has it, by the cells' names; default: INPUT."),
+    ] = None,
     no_perturbations: Annotated[
         bool,
         typer.Option("--no-perturbations", help="No cell is perturbed: no such column is read."),
@@ -163,6 +171,7 @@ def preprocess(
     Example: statewide preprocess atlas.h5ad --out stores/atlas --batch-col batch
     """
     from data_store.preprocess import preprocess as make_store
+    from launcher.errors import LaunchError
     from launcher.preprocess_job import build_spec
     from launcher.store_report import describe_briefly
     from state.config import DataConfig
@@ -180,8 +189,11 @@ def preprocess(
         n_top_genes=n_hvg,
         hvg_flavor=hvg_flavor,
         hvg_batch_key=hvg_batch_key,
+        embed_file=embed_file,
     )
-    spec = build_spec(data, out.absolute())
+    if embed_file is not None and embed_key is None:
+        raise LaunchError("--embed-file needs --embed-key: name the obsm matrix to keep")
+    spec = build_spec(data, out.absolute(), embed_key)
     if no_perturbations:
         spec = replace(spec, columns=replace(spec.columns, pert_col=None))
     with open_cluster(address, local=local) as (cluster, _):
@@ -339,9 +351,10 @@ def _complain(text: str) -> None:
 
 def _print_plan(config_path: Path, overrides: list[str] | None) -> None:
     from launcher.deepspeed_config import read_deepspeed_json
-    from launcher.pipeline import Pipeline, describe_plan
+    from launcher.pipeline import Pipeline
     from launcher.progress import Reporter
     from launcher.ray_cluster import ThisProcess
+    from launcher.run_plan import describe_plan
     from state.recipe import dump_config, load_config
 
     config = load_config(config_path, overrides or ())

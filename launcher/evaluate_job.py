@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,8 @@ from data_store.files import folder_made_whole, write_text_atomically
 from data_store.schema import ObsColumns, TaskRunner
 from launcher.cell_tests import digest_side, judge_side, keep_side, scan_tables
 from launcher.effects import Effects, write_effects
-from launcher.predict_job import PROVENANCE, STATE, TRUTH
+from launcher.judged_runs import find_beside, read_costs, refuse_other_truths
+from launcher.predict_job import TRUTH
 from launcher.run_folder import RunFolder
 from launcher.run_report import write_run_report
 from state.config import RunConfig
@@ -31,7 +31,6 @@ from state.leaderboard_format import (
 from state.metrics.judged_cells import judge_table
 from state.metrics.profiles import Conventions
 from state.metrics.tables import check_same_names
-from state.training.monitor import read_metrics, sum_training_seconds
 
 LEADERBOARD_NAME: Final = "leaderboard.csv"
 LEADERBOARD_FILES: Final = (LEADERBOARD_NAME, "leaderboard.md", "leaderboard.html")
@@ -46,18 +45,27 @@ def evaluate_run(config: RunConfig, folder: RunFolder, run_tasks: TaskRunner) ->
     models. The folder ``evaluation/`` appears when everything in it is written.
     """
     conventions = Conventions(fdr=config.evaluate.fdr)
+    others = find_beside(config)
+    refuse_other_truths(config, folder, others)
+    beside = {run.row: run.prediction for run in others}
     with folder_made_whole(folder.evaluation) as unfinished:
-        judged = judge_predictions(folder, config.data.columns, conventions, run_tasks)
+        judged = judge_predictions(folder, config.data.columns, conventions, run_tasks, beside)
         frames = {model: evaluation.per_perturbation for model, (evaluation, _) in judged.items()}
-        write_leaderboard(unfinished, config, frames, read_costs(folder))
-        write_effects(unfinished, judged[STATE][1])
+        write_leaderboard(unfinished, config, frames, read_costs(config, folder))
+        write_effects(unfinished, judged[config.model.row_name][1])
     write_run_report(config, folder)
 
 
 def judge_predictions(
-    folder: RunFolder, columns: ObsColumns, conventions: Conventions, run_tasks: TaskRunner
+    folder: RunFolder,
+    columns: ObsColumns,
+    conventions: Conventions,
+    run_tasks: TaskRunner,
+    beside: Mapping[str, Path] | None = None,
 ) -> dict[str, tuple[Evaluation, Effects]]:
     """Judge every prediction of a run, by model: each block of genes is a task of its own.
+
+    Predictions ``beside`` those in the run folder come by the name of their row.
 
     Where there are several contexts (cell types), each is judged by itself, against its own
     control cells, and its perturbations are rows of their own.
@@ -68,6 +76,7 @@ def judge_predictions(
         If a prediction cannot be compared with the truth.
     """
     paths = {path.stem: path for path in sorted(folder.predictions.glob("*.h5ad"))}
+    paths |= beside or {}
     files = {model: open_cells(path, columns) for model, path in paths.items()}
     named = {f"the prediction of {model}": cells for model, cells in files.items()}
     scans = dict(zip(files, scan_tables(dict(named), run_tasks), strict=True))
@@ -140,21 +149,6 @@ def write_leaderboard(
     for name, convert in zip(LEADERBOARD_FILES, texts, strict=True):
         write_text_atomically(out / name, convert(leaderboard))
     return leaderboard
-
-
-def read_costs(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """Read what each model cost: seconds to train and to predict, and how its cells are made."""
-    provenance = json.loads((folder.predictions / PROVENANCE).read_text(encoding="utf-8"))
-    costs = {
-        model: {
-            "train_s": spent["fit_s"],
-            "predict_s": spent["predict_s"],
-            "synthesis": spent["synthesis"],
-        }
-        for model, spent in provenance["models"].items()
-    }
-    costs[STATE]["train_s"] = sum_training_seconds(read_metrics(folder.metrics))
-    return costs
 
 
 def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None:

@@ -20,10 +20,11 @@ from launcher.deepspeed_config import read_deepspeed_json
 from launcher.errors import LaunchError
 from launcher.evaluate_job import LEADERBOARD_FILES, evaluate_run
 from launcher.faults import refuse_impossible
-from launcher.objective import refuse_embedding
-from launcher.predict_job import STATE, TRUTH, predict_run
+from launcher.judged_runs import find_beside
+from launcher.predict_job import TRUTH, predict_run
 from launcher.preprocess_job import (
-    describe_simulation,
+    build_spec,
+    describe_store,
     preprocess_run,
     refuse_other_spec,
     simulate,
@@ -46,11 +47,14 @@ StageName = Literal[
     "simulate", "preprocess", "stats", "deltas", "split", "train", "predict", "evaluate"
 ]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
+JUDGING_STAGES: tuple[StageName, ...] = ("predict", "evaluate")
 # Settings of [train] that change nothing about the weights.
 _NOT_IN_THE_WEIGHTS = {
     *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps", "peak_tflops"),
     *("keep_last", "keep_best"),
 }
+# And of [evaluate] that change nothing about what is predicted.
+_NOT_IN_THE_PREDICTIONS = {"checkpoint", "folds", "seeds", "beside"}
 
 
 class Pipeline:
@@ -84,8 +88,9 @@ class Pipeline:
             For anything the user can mend; finished stages stay finished.
         """
         self._refuse_missing_inputs()
-        refuse_embedding(self.config)
         deepspeed = read_deepspeed_json(self.config.train.deepspeed)
+        if until == "evaluate":
+            find_beside(self.config)
         with self.folder.lock():
             self._refuse_too_few_resources(until, overwrite=overwrite)
             self.folder.adopt(self.config, overwrite=overwrite)
@@ -109,14 +114,15 @@ class Pipeline:
             for key, path in named.items()
             if path is not None and not path.exists()
         ]
-        data_input = config.data.input
-        if made_here or is_store(data_input):
-            return problems
-        try:
-            find_files(data_input)
-        except StoreError as error:
-            shown = f"data.input = {str(data_input)!r} does not exist: {error}"
-            return [shown, *problems]
+        data = config.data
+        read = [] if data.embed_file is None else [("data.embed_file", data.embed_file)]
+        if not (made_here or is_store(data.input)):
+            read.append(("data.input", data.input))
+        for key, location in read:
+            try:
+                find_files(location)
+            except StoreError as error:
+                problems.insert(0, f"{key} = {str(location)!r} does not exist: {error}")
         return problems
 
     def _refuse_missing_inputs(self) -> None:
@@ -148,6 +154,12 @@ class Pipeline:
             "predict": self._predict_stage,
             "evaluate": self._evaluate_stage,
         }
+        if name in JUDGING_STAGES and not self.config.is_judged:
+            self._reporter.say(
+                f"{name}: model.output_space = 'embedding' predicts {self.config.model.embed_key} "
+                "and no genes, by which models are judged: left out"
+            )
+            return None
         return builders[name]()
 
     def _simulate_stage(self) -> Stage | None:
@@ -165,7 +177,7 @@ class Pipeline:
     def _preprocess_stage(self) -> Stage | None:
         data = self.config.data
         if is_store(data.input):
-            refuse_other_spec(data, self.store)
+            refuse_other_spec(data, self.store, self.config.model.embed_key)
             self._reporter.say(f"preprocess: {data.input} is a finished store: used as it is")
             return None
         used = data.model_dump(
@@ -176,9 +188,12 @@ class Pipeline:
                 *("hvg_flavor", "hvg_batch_key"),
             },
         )
+        spec = build_spec(data, self.folder.store, self.config.model.embed_key)
+        if spec.embed_key is not None:
+            used["embed_key"] = spec.embed_key
         return Stage(
             name="preprocess",
-            fingerprint=fingerprint("preprocess", used, describe_input(data.input)),
+            fingerprint=fingerprint("preprocess", used, spec.describe_source()),
             outputs=[self.folder.store],
             work=lambda: self._say_store(
                 preprocess_run(self.config, self.folder.store, self._cluster.run_tasks)
@@ -253,6 +268,7 @@ class Pipeline:
             ],
             work=self._train,
             is_costly=True,
+            inputs=describe_store(self.store),
             is_whole=lambda: bool(self._checkpoints.complete()),
         )
 
@@ -264,12 +280,14 @@ class Pipeline:
                 "predict",
                 self._run_fingerprint,
                 sha256_of_file(self.checkpoint.folder / "manifest.json"),
-                evaluate.model_dump(mode="json", exclude={"checkpoint", "folds", "seeds"}),
+                evaluate.model_dump(
+                    mode="json", exclude={"checkpoint", "folds", "seeds", "beside"}
+                ),
                 version("statewide"),
             ),
             outputs=[
                 self.folder.predictions / f"{model}.h5ad"
-                for model in (TRUTH, STATE, *evaluate.baselines, CEILING)
+                for model in (TRUTH, self.config.model.row_name, *evaluate.baselines, CEILING)
             ],
             work=lambda: predict_run(
                 self.config, self.folder, self.store, self.checkpoint, self._cluster.run_tasks
@@ -278,6 +296,7 @@ class Pipeline:
 
     def _evaluate_stage(self) -> Stage:
         predicted = sorted(self.folder.predictions.glob("*.h5ad"))
+        predicted += [run.prediction for run in find_beside(self.config)]
         return Stage(
             name="evaluate",
             fingerprint=fingerprint(
@@ -372,30 +391,3 @@ class Pipeline:
             f"{len(store.perturbations) - 1:,} perturbations, {len(store.batches)} batches, "
             f"{len(store.hvg_index):,} highly variable genes"
         )
-
-
-def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
-    """Say what a run would read, ask for and do, without doing any of it."""
-    config = pipeline.config
-    cluster = config.cluster
-    gpu = " and 1 GPU" if cluster.use_gpu else ""
-    missing = pipeline.missing_inputs()
-    left_out = set() if config.simulate is not None else {"simulate"}
-    left_out |= set() if config.statistics.enabled else {"stats", "deltas"}
-    stages = [name for name in STAGE_NAMES if name not in left_out]
-    sets_per_step = (
-        config.train.micro_batch_size * config.train.grad_accum_steps * cluster.num_workers
-    )
-    repeats = max(1, len(config.evaluate.seeds)) * (config.evaluate.folds or 1)
-    lines = [
-        f"recipe {recipe} is valid",
-        *([f"{repeats} runs, one for each fold and seed"] if repeats > 1 else []),
-        f"stages: {' -> '.join(stages)}",
-        *(() if config.simulate is None else [f"simulates {describe_simulation(config.simulate)}"]),
-        f"run folder: {config.output_dir}",
-        f"resources: {cluster.num_workers} workers with {cluster.cpus_per_worker} CPU{gpu} each",
-        f"global batch: {sets_per_step} sets of up to {config.model.cell_set_len} cells",
-        *(f"not found yet: {line}" for line in missing),
-        *([] if missing else ["all input files are there"]),
-    ]
-    return "\n".join(lines)

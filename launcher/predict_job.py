@@ -23,7 +23,7 @@ from data_store.files import folder_made_whole, write_bytes_atomically, write_js
 from data_store.schema import CellTable, PerturbationProfiles, SplitName, TaskRunner
 from data_store.splits import read_splits
 from data_store.store import Store
-from data_store.tables import write_predictions
+from data_store.tables import write_cell_embedding, write_predictions
 from launcher.predict_models import (
     FloatMatrix,
     PredictContext,
@@ -43,8 +43,6 @@ from state.recipe import load_resolved_config
 from state.synthesis_choice import Choice, Synthesis, choose_synthesis
 from state.training.checkpoint import Checkpoint
 
-STATE: Final = "state"
-"""The model's row in the leaderboard."""
 TRUTH: Final = "real"
 """Name of the file with the true cells."""
 PROVENANCE: Final = "provenance.json"
@@ -56,7 +54,7 @@ class PredictTask:
     """One file to write; picklable, and small."""
 
     model: str
-    """``state``, a baseline's name, ``ceiling``, or ``real`` for the truth itself."""
+    """The trained model's row name, a baseline's, ``ceiling``, or ``real`` for the truth."""
     run_dir: Path
     store: Path
     weights: Path
@@ -95,6 +93,7 @@ def predict_run(
 
     The folder appears when all are written.
     """
+    own = config.model.row_name
     with folder_made_whole(folder.predictions) as partial:
         tasks = [
             PredictTask(
@@ -104,10 +103,10 @@ def predict_run(
                 weights=checkpoint.weights_path,
                 split="test",
                 out=partial / f"{model}.h5ad",
-                num_cpus=config.cluster.cpus_per_worker if model == STATE else 1,
-                num_gpus=int(config.cluster.use_gpu and model == STATE),
+                num_cpus=config.cluster.cpus_per_worker if model == own else 1,
+                num_gpus=int(config.cluster.use_gpu and model == own),
             )
-            for model in (TRUTH, STATE, *config.evaluate.baselines, CEILING)
+            for model in (TRUTH, own, *config.evaluate.baselines, CEILING)
         ]
         list(run_tasks(write_profiles, tasks[:1], what="averaging", unit="tables"))
         results = list(run_tasks(write_prediction, tasks, what="predicting", unit="models"))
@@ -128,10 +127,18 @@ def predict_run(
 def predict_split(
     folder: RunFolder, store: Store, checkpoint: Checkpoint, split: SplitName, out: Path
 ) -> None:
-    """Write the model's own cells of one split as an h5ad."""
-    task = PredictTask(STATE, folder.path, store.path, checkpoint.weights_path, split, out)
+    """Write the model's own cells of one split as an h5ad.
+
+    A model that predicts embeddings alone leaves them in ``obsm``, in a file without genes.
+    """
+    task = PredictTask("", folder.path, store.path, checkpoint.weights_path, split, out)
     context = _open(task)
-    _write(context, predict_own_cells(context, task.weights), out)
+    cells_NG = predict_own_cells(context, task.weights)
+    if context.config.is_judged:
+        _write(context, cells_NG, out)
+    else:
+        obs = store.read_obs(context.held_out.target_rows)
+        write_cell_embedding(out, str(context.config.model.embed_key), cells_NG, obs)
 
 
 def write_profiles(task: PredictTask) -> None:
@@ -152,7 +159,7 @@ def write_prediction(task: PredictTask) -> Predicted:
         context.held_out = take_half(context)
         _write(context, None, task.out)
         return Predicted(0.0, 0.0, time.perf_counter() - started_s, "half of the real cells", {})
-    if task.model == STATE:
+    if task.model == context.config.model.row_name:
         fit_s, choice, choice_s, predict = _prepare_state(task, context)
     else:
         fit_s, choice, choice_s, predict = _prepare_baseline(task, context)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from data_store.cell_sets import find_groups, pair_controls
+from data_store.embedding_scale import EmbeddingScale, StandardizedRows, measure_embedding
 from data_store.row_reader import RowReader, open_rows
 from data_store.schema import ControlCells, PerturbationProfiles, SplitName
 from data_store.splits import Splits, split_rows
@@ -79,6 +80,25 @@ class PredictContext:
             np.concatenate(held_rows),
             resident_gib=config.data.resident_gib,
         )
+
+    @cached_property
+    def cell_reader(self) -> RowReader:
+        """Gives control cells as the model takes them: their genes, or their embedding."""
+        if self.config.model.embed_key is None:
+            return self.reader
+        rows = open_rows(
+            self.store,
+            "embedding",
+            self.held_out.control_rows,
+            resident_gib=self.config.data.resident_gib,
+        )
+        return StandardizedRows(rows, self.embedding_scale)
+
+    @cached_property
+    def embedding_scale(self) -> EmbeddingScale:
+        """The units of the embedding that the model was trained in."""
+        _, control_rows = split_rows(self.store, self.splits, "train")
+        return measure_embedding(self.store, control_rows)
 
     @cached_property
     def features_PD(self) -> FloatMatrix:
@@ -176,7 +196,10 @@ def build_split_profiles(
 
 
 def predict_own_cells(context: PredictContext, weights: Path) -> FloatMatrix:
-    """Predict the cells of a split with the trained model, [N, G]."""
+    """Predict the cells of a split with the trained model, [N, G].
+
+    Genes, unless the model has no way from its embedding to them.
+    """
     config, held_out = context.config, context.held_out
     use_gpu = config.cluster.use_gpu and torch.cuda.is_available()
     objective = build_objective(config, context.store, context.splits)
@@ -184,16 +207,17 @@ def predict_own_cells(context: PredictContext, weights: Path) -> FloatMatrix:
     objective.to("cuda" if use_gpu else "cpu")
     batches = iterate_prediction_batches(
         context.store,
-        context.reader,
+        context.cell_reader,
         held_out.target_rows,
         held_out.paired_rows,
         cell_set_len=config.model.cell_set_len,
         seed=config.seed,
     )
-    out_NG = np.empty((len(held_out.target_rows), context.reader.num_genes), dtype=np.float32)
+    predicts = context.reader if config.is_judged else context.cell_reader
+    out_NG = np.empty((len(held_out.target_rows), predicts.num_genes), dtype=np.float32)
     for places, batch in batches:
         (out_NG[places],) = predict_cells(objective, [batch])
-    return out_NG
+    return out_NG if config.is_judged else context.embedding_scale.restore(out_NG)
 
 
 def predict_with_baseline(

@@ -62,8 +62,11 @@ def describe_simulation(config: SimulateConfig) -> str:
     )
 
 
-def build_spec(data: DataConfig, out: Path) -> PreprocessSpec:
-    """Say what to make a store from, in the data store's own words."""
+def build_spec(data: DataConfig, out: Path, embed_key: str | None = None) -> PreprocessSpec:
+    """Say what to make a store from, in the data store's own words.
+
+    ``embed_key`` is the embedding of the cells to keep beside their genes; None: none.
+    """
     return PreprocessSpec(
         input=data.input,
         out=out,
@@ -76,6 +79,8 @@ def build_spec(data: DataConfig, out: Path) -> PreprocessSpec:
         genes=data.genes,
         hvg_flavor=data.hvg_flavor,
         hvg_batch_key=data.hvg_batch_key,
+        embed_key=embed_key,
+        embed_file=data.embed_file,
     )
 
 
@@ -84,21 +89,48 @@ def preprocess_run(config: RunConfig, out: Path, run_tasks: TaskRunner) -> Store
 
     The check reads only ``obs``: hours of preprocessing are not spent on a run that cannot train.
     """
-    spec = build_spec(config.data, out)
+    spec = build_spec(config.data, out, config.model.embed_key)
     control = config.data.control_pert
     load_perturbation_features(config.features, read_perturbations(spec), control)
     return preprocess(spec, run_tasks)
 
 
-def refuse_other_spec(data: DataConfig, store: Store) -> None:
+def describe_store(store: Store) -> dict[str, str]:
+    """Say what of a store a model depends on, in words."""
+    embedding = "none" if store.embed_key is None else f"{store.embed_key} of {store.embed_dim}"
+    return {
+        "cells": f"{store.num_cells:,}",
+        "genes": f"{len(store.genes):,}",
+        "embedding": embedding,
+        "store": store.digest[:16],
+    }
+
+
+def refuse_other_spec(data: DataConfig, store: Store, embed_key: str | None = None) -> None:
     """Refuse a store as ``data.input`` that was made with other settings than the recipe's.
+
+    An embedding that the recipe does not ask for does no harm.
 
     Raises
     ------
     LaunchError
         Listing what differs: the settings would otherwise be ignored in silence.
     """
-    made, wanted = store.manifest.spec, build_spec(data, store.path).describe()
+    made = store.manifest.spec
+    wanted = build_spec(data, store.path).describe()
+    if data.embed_file is not None:
+        raise LaunchError(
+            f"data.embed_file = {str(data.embed_file)!r} is read when a store is made, and "
+            f"data.input = {str(store.path)!r} is a finished one. Leave it out, or set data.input "
+            "to the h5ad that the store was made from"
+        )
+    if embed_key is not None and store.embed_key != embed_key:
+        held = f"holds {store.embed_key!r}" if store.embed_key else "holds no embedding"
+        raise LaunchError(
+            f"model.embed_key = {embed_key!r}, but the store {store.path} {held}. Set data.input "
+            "to the h5ad that it was made from (with data.embed_file where another file has the "
+            f"embedding), or make a store: statewide preprocess --embed-key {embed_key}"
+        )
     differences = [
         f"data.{key}: {made[key]!r} in the store, {value!r} in the recipe"
         for key, value in wanted.items()

@@ -132,12 +132,13 @@ def _inputs_of(config: TrainingConfig) -> tuple[Path, ...]:
     """Return what the nodes will read; a simulated atlas is made in the run folder."""
     if isinstance(config, EmbedConfig):
         return tuple(dataset.store for dataset in config.datasets.values())
-    data_input = config.data.input
+    data_input, embed_file = config.data.input, config.data.embed_file
     made_here = config.simulate is not None
     candidates = [
         config.split.file,
         None if made_here else config.features.path,
         None if made_here or isinstance(data_input, str) else data_input,
+        None if isinstance(embed_file, str) else embed_file,
     ]
     # A glob is no path; the files it stands for are found by the driver.
     return tuple(path for path in candidates if path is not None and path.exists())

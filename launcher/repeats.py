@@ -19,7 +19,8 @@ import pandas as pd
 from data_store.files import folder_made_whole
 from data_store.store import is_store
 from launcher.effects import Effects, read_effects, write_effects
-from launcher.evaluate_job import LEADERBOARD_FILES, read_costs, write_leaderboard
+from launcher.evaluate_job import LEADERBOARD_FILES, write_leaderboard
+from launcher.judged_runs import read_costs
 from launcher.pipeline import STAGE_NAMES, Pipeline, StageName
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
@@ -105,7 +106,10 @@ def list_sub_runs(config: RunConfig) -> list[SubRun]:
                     "seed": seed,
                     "simulate": None,
                     "data": config.data.model_copy(
-                        update={"input": own_store or config.output_dir / "store"}
+                        update={
+                            "input": own_store or config.output_dir / "store",
+                            "embed_file": None,
+                        }
                     ),
                     "statistics": config.statistics.model_copy(update={"enabled": False}),
                     "split": split.model_copy(
@@ -114,7 +118,15 @@ def list_sub_runs(config: RunConfig) -> list[SubRun]:
                             **({} if fold is None else {"folds": settings.folds, "fold": fold}),
                         }
                     ),
-                    "evaluate": settings.model_copy(update={"folds": None, "seeds": ()}),
+                    "evaluate": settings.model_copy(
+                        update={
+                            "folds": None,
+                            "seeds": (),
+                            "beside": tuple(
+                                path / "runs" / _name(fold, seed) for path in settings.beside
+                            ),
+                        }
+                    ),
                 }
             ),
         )
@@ -228,7 +240,9 @@ def _stack(boards: dict[int, pd.DataFrame], name: str) -> pd.DataFrame:
 
 def _add_costs(sub_runs: list[SubRun]) -> dict[str, dict[str, object]]:
     """Add up the seconds of all sub-runs, and list how cells were made in how many of them."""
-    per_run = [read_costs(RunFolder(sub_run.config.output_dir)) for sub_run in sub_runs]
+    per_run = [
+        read_costs(sub_run.config, RunFolder(sub_run.config.output_dir)) for sub_run in sub_runs
+    ]
     total: dict[str, dict[str, object]] = {}
     for model in per_run[0]:
         ways = pd.Series([costs[model]["synthesis"] for costs in per_run]).value_counts()

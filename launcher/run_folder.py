@@ -167,7 +167,7 @@ class RunFolder:
         run: RunConfig = config
         if run.simulate is not None:
             return ()
-        return run.data.input, run.features.path, run.split.file
+        return run.data.input, run.data.embed_file, run.features.path, run.split.file
 
     def _made_elsewhere(self, config: Any) -> Sequence[Path | None]:
         """Return what the run makes under names of the recipe's choice."""

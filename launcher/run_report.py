@@ -22,7 +22,6 @@ from data_store.store import Store, is_store
 from launcher import figures_evaluation as draw
 from launcher.effects import read_effects
 from launcher.figure_style import DPI, save_figure
-from launcher.predict_job import STATE
 from launcher.run_board import write_run_board
 from launcher.run_folder import RunFolder
 from launcher.statistics_job import write_tensorboard
@@ -58,7 +57,7 @@ table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabu
 th, td { padding: 0.25rem 0.5rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #444; } th:first-child, td:first-child { text-align: left; }
-tr.state td { font-weight: 600; background: #eaf3fa; } tr.ceiling td { color: #666; }
+tr[class^="state"] td { font-weight: 600; background: #eaf3fa; } tr.ceiling td { color: #666; }
 figure { margin: 0; } figcaption { color: #555; font-size: 0.87rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.5rem; }
 img { max-width: 100%; height: auto; } .wide img { min-width: 40rem; }
@@ -90,7 +89,7 @@ def write_run_report(
         pd.read_csv(folder.evaluation / "leaderboard.csv"),
         (folder.evaluation / "leaderboard.md").read_text(encoding="utf-8"),
         read_effects(folder.evaluation),
-        STATE,
+        config.model.row_name,
     )
     provenance = collect_provenance(config, folder, sub_runs)
     write_text_atomically(folder.report, _build_html(config, folder, pictures, provenance))
@@ -108,14 +107,15 @@ def _draw_figures(
         for model in leaderboard["model"]
     }
     tables = {model: _mean_over_seeds(table) for model, table in tables.items()}
+    model = config.model.row_name
     effects, best = read_effects(folder.evaluation), str(leaderboard["best_baseline"].iloc[0])
     figures = {
-        "leaderboard": draw.draw_leaderboard(leaderboard, STATE),
+        "leaderboard": draw.draw_leaderboard(leaderboard, model),
         "training": draw.draw_curves(
             {run.path.name: read_metrics(run.metrics) for run in sub_runs or [folder]}
         ),
-        "pds_ranks": draw.draw_ranks(tables, STATE, best),
-        "des_effect_size": draw.draw_overlap(tables, STATE, best),
+        "pds_ranks": draw.draw_ranks(tables, model, best),
+        "des_effect_size": draw.draw_overlap(tables, model, best),
         "effects_heat_map": draw.draw_heat_map(effects),
         "effects_scatter": draw.draw_scatter(effects),
         "volcano": draw.draw_volcano(effects, config.evaluate.fdr),
@@ -147,7 +147,8 @@ def _build_html(
         for key in ("fold", "seed")
         if (folder.evaluation / f"{key}s.csv").is_file()
     )
-    state = _table(folder.evaluation / f"{STATE}_per_perturbation.csv")
+    model = config.model.row_name
+    state = _table(folder.evaluation / f"{model}_per_perturbation.csv")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -167,7 +168,7 @@ def _build_html(
 <h2>Perturbations</h2>
 <div class="scroll wide">{shown["pds_ranks"]}</div>
 <div class="pair">{shown["des_effect_size"]}</div>
-<details><summary>Every perturbation, {STATE}</summary><div class="scroll">{state}</div></details>
+<details><summary>Every perturbation, {model}</summary><div class="scroll">{state}</div></details>
 <h2>Effects</h2>
 <div class="scroll wide">{shown["effects_heat_map"]}</div>
 <div class="scroll wide">{shown["effects_scatter"]}</div>

@@ -11,8 +11,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Stage:
     """Tells more of the outputs than that they exist."""
     is_costly: bool = False
     """Outputs of another fingerprint are not removed unasked: the run stops instead."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What the fingerprint rests on, in words, so that a change can be named."""
 
 
 class StageRunner:
@@ -66,8 +68,9 @@ class StageRunner:
         if self.is_finished(stage):
             self._reporter.say(f"{stage.name}: finished before, nothing changed: skipped", "dim")
             return
-        if self._read(stage.name).get("fingerprint") not in (None, stage.fingerprint):
-            self._refuse_to_remove(stage)
+        record = self._read(stage.name)
+        if record.get("fingerprint") not in (None, stage.fingerprint):
+            self._refuse_to_remove(stage, record.get("inputs", {}))
             self._reporter.say(f"{stage.name}: inputs or settings changed: made again")
             for path in stage.outputs:
                 _remove(path)
@@ -79,12 +82,18 @@ class StageRunner:
         self._write(stage, {"status": "finished", "seconds": round(seconds, 3)})
         self._reporter.say(f"{stage.name}: done in {format_seconds(seconds)}")
 
-    def _refuse_to_remove(self, stage: Stage) -> None:
+    def _refuse_to_remove(self, stage: Stage, before: Mapping[str, str]) -> None:
         if stage.is_costly and any(path.exists() for path in stage.outputs):
+            changes = [
+                f"{what}: {before[what]} -> {now}"
+                for what, now in stage.inputs.items()
+                if before.get(what, now) != now
+            ]
             raise LaunchError(
                 f"{stage.name}: the content of an input file (data, features, split or DeepSpeed "
                 f"settings) has changed since this run folder's {stage.name} stage began: "
-                f"{self._folder.path}. Choose another output_dir=..., or start again with "
+                f"{self._folder.path}. {''.join(f'Changed: {change}. ' for change in changes)}"
+                "Choose another output_dir=..., or start again with "
                 "--overwrite (the results are then deleted)"
             )
 
@@ -99,7 +108,8 @@ class StageRunner:
         return record
 
     def _write(self, stage: Stage, record: dict[str, Any]) -> None:
-        write_json_atomically(self._path(stage.name), {"fingerprint": stage.fingerprint, **record})
+        known = {"fingerprint": stage.fingerprint, "inputs": dict(stage.inputs)}
+        write_json_atomically(self._path(stage.name), {**known, **record})
 
 
 def fingerprint(*parts: Any) -> str:

@@ -17,6 +17,7 @@ def describe_briefly(store: Store) -> str:
     return (
         f"{store.path}: {store.num_cells} cells, {len(store.genes)} genes, "
         f"{len(store.hvg_index)} highly variable"
+        + (f", {store.embed_key} of {store.embed_dim} numbers" if store.embed_key else "")
         + (f" (kept: {', '.join(oddities)})" if oddities else "")
     )
 
@@ -39,6 +40,11 @@ def describe_fully(store: Store) -> str:
         "perturbations": f"{counts['perturbations']:,} and the control {store.control!r}",
         "contexts": _names(store.contexts),
         "batches": _names(store.batches),
+        **(
+            {}
+            if store.embed_key is None
+            else {f"obsm/{store.embed_key}": f"{store.embed_dim} numbers of each cell, float32"}
+        ),
         "X": f"raw counts, {store.count_dtype}; log-normalised on reading",
         "target sum": f"{store.target_sum:g}",
         "made from": manifest.source["path"],

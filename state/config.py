@@ -71,6 +71,9 @@ class DataConfig(Section):
     transcriptomes, wrong for a gene panel)."""
     keep: dict[str, list[str | bool | int]] = Field(default_factory=dict)
     """Cells to keep: ``obs`` column -> allowed values. Absent: all."""
+    embed_file: Annotated[RemoteUrl | Path, Field(union_mode="left_to_right")] | None = None
+    """AnnData file whose ``obsm`` has ``model.embed_key`` for the cells of the input, by their
+    names, such as ``statewide embed apply`` writes. Absent: the input has it."""
     n_top_genes: PositiveInt = 2000
     """Highly variable genes to select."""
     hvg_flavor: HvgFlavor = "seurat"
@@ -296,6 +299,9 @@ class EvaluateConfig(Section):
     folds: Annotated[int, Field(ge=2)] | None = None
     """Repeat the run for each fold of a cross-validation over perturbations, in sub-runs that
     share the store, and judge all of them together. Absent: one run, of the ``[split]`` table."""
+    beside: tuple[Path, ...] = ()
+    """Run folders of finished runs on the same held-out cells: their trained models are judged in
+    this leaderboard too. With ``folds`` or ``seeds``, those of the same ones."""
     seeds: tuple[Seed, ...] = ()
     """Repeat the run with each of these seeds (of weights and order; the split stays), in
     sub-runs, and report the spread. Absent: the run's own seed."""
@@ -354,15 +360,17 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     faults: FaultsConfig = FaultsConfig()
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether the model predicts what is judged: genes."""
+        return self.model.output_space != "embedding"
+
     @model_validator(mode="after")
     def _trains_all_that_it_builds(self) -> RunConfig:
         needed = {
             "model.batch_token": (self.model.batch_token, "batch_token_weight"),
             "model.confidence_token": (self.model.confidence_token, "confidence_weight"),
-            "model.embed_key": (
-                self.model.embed_key is not None and self.model.output_space != "embedding",
-                "decoder_weight",
-            ),
+            "model.embed_key": (self.model.has_decoder, "decoder_weight"),
         }
         for key, (is_built, weight) in needed.items():
             if is_built and getattr(self.loss, weight) == 0:
@@ -371,6 +379,21 @@ class RunConfig(Section):
             raise ValueError(
                 "train.freeze = 'backbone' would freeze what model.lora_rank is to train; "
                 "the transformer's own weights are frozen without it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _uses_its_embedding(self) -> RunConfig:
+        model, judged = self.model, self.evaluate
+        if self.data.embed_file is not None and model.embed_key is None:
+            raise ValueError(
+                f"data.embed_file = {str(self.data.embed_file)!r} is read with model.embed_key "
+                "alone: name the obsm matrix there, or leave the file out"
+            )
+        if not self.is_judged and (judged.has_repeats or judged.beside):
+            raise ValueError(
+                "evaluate.folds, seeds and beside compare what is judged, which is genes, and "
+                "model.output_space = 'embedding' predicts none: take 'hvg' or 'all'"
             )
         return self
 

@@ -99,8 +99,8 @@ class SetObjective(nn.Module):
         mask_BS: Tensor,
         pert_B: Tensor,
         batch_BS: Tensor,
-        weight_B: Tensor | None = None,
         target_BSJ: Tensor | None = None,
+        weight_B: Tensor | None = None,
     ) -> SetLosses:
         """Compute the loss of a micro-batch.
 
@@ -108,11 +108,12 @@ class SetObjective(nn.Module):
         ----------
         control_BSG, target_BSG, mask_BS, pert_B, batch_BS
             The fields of ``data_store.schema.CellBatch`` as tensors; the mask best on the CPU.
+        target_BSJ
+            log1p expression of the target cells, where the model decodes an embedding; else None
+            or without genes.
         weight_B
             Weight of each set in the mean, not negative; None: equal weights. A set of weight 0
             does not count, and a micro-batch of such sets has loss 0.
-        target_BSJ
-            log1p expression of the target cells, where the model decodes an embedding.
 
         Raises
         ------
@@ -135,7 +136,7 @@ class SetObjective(nn.Module):
             change_BSG = prediction.cells_BSG - control_BSG
             terms_B["l1_to_control"] = _mean_of_cells(change_BSG.abs().mean(-1), packing)
         if "decoder" in self._weights:
-            if prediction.genes_BSJ is None or target_BSJ is None:
+            if prediction.genes_BSJ is None or target_BSJ is None or not target_BSJ.shape[-1]:
                 raise ValueError("a model with a decoder needs target_BSJ, the target's genes")
             terms_B["decoder"] = self._distance(prediction.genes_BSJ, target_BSJ, packing)
         batch_logits_BC, confidence_B = prediction.tokens

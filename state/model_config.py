@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from data_store.schema import OutputSpace
+from data_store.schema import CellSpace, OutputSpace
 from state.config_section import (
     NonEmptyStr,
     NonNegativeInt,
@@ -47,8 +47,9 @@ class ModelConfig(Section):
     output_space: Literal["hvg", "all", "embedding"] = "hvg"
     """What is predicted: the highly variable genes, all genes, or the embedding alone."""
     embed_key: NonEmptyStr | None = None
-    """``obsm`` matrix that is read and predicted in place of genes; a decoder then leads from it
-    to the genes of ``output_space``. Absent: the genes themselves."""
+    """``obsm`` matrix (``X_state``, ``X_pca``) that is read and predicted in place of genes; a
+    decoder then leads from it to the genes of ``output_space``. Preprocessing takes it into the
+    store (``data.embed_file``). Absent: the genes themselves."""
     decoder_dims: tuple[PositiveInt, ...] = (1024, 1024, 512)
     """Hidden widths of the decoder from an embedding to genes."""
     attention: Literal["set", "identity"] = "set"
@@ -70,6 +71,21 @@ class ModelConfig(Section):
     """Start from the weights of another run (its folder, or a ``model.pt``) or of the reference
     (a ``.ckpt``): every tensor whose name and shape fit. What was taken is written to
     ``init_from.json``."""
+
+    @property
+    def row_name(self) -> str:
+        """Name of the model in the leaderboard: ``state``, and the embedding if it takes one."""
+        return "state" if self.embed_key is None else f"state_{self.embed_key}"
+
+    @property
+    def cell_space(self) -> CellSpace:
+        """What a cell is given in: genes, or the embedding."""
+        return self.gene_space if self.embed_key is None else "embedding"
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether an embedding is decoded to genes."""
+        return self.embed_key is not None and self.output_space != "embedding"
 
     @property
     def gene_space(self) -> OutputSpace:

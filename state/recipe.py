@@ -245,11 +245,17 @@ def _absolute_embed_paths(config: EmbedConfig, recipe_dir: Path) -> EmbedConfig:
 def _absolute_paths(config: RunConfig, recipe_dir: Path) -> RunConfig:
     """Make every path absolute: Ray's workers run in folders of their own."""
     data, split, features = config.data, config.split, config.features
+    embed_file = None if data.embed_file is None else _absolute_or_url(data.embed_file)
     return config.model_copy(
         update={
             "output_dir": _absolute(config.output_dir),
             "simulate": None if config.simulate is None else _absolute_files(config.simulate),
-            "data": data.model_copy(update={"input": _absolute_or_url(data.input)}),
+            "data": data.model_copy(
+                update={"input": _absolute_or_url(data.input), "embed_file": embed_file}
+            ),
+            "evaluate": config.evaluate.model_copy(
+                update={"beside": tuple(_absolute(path) for path in config.evaluate.beside)}
+            ),
             "split": split.model_copy(update={"file": _absolute_or_none(split.file)}),
             "features": features.model_copy(update={"path": _absolute_or_none(features.path)}),
             "model": config.model.model_copy(

@@ -74,7 +74,7 @@ def test_a_run_starts_from_the_weights_of_another(recipe: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.embed_key=X_state", "no embedding"),
+        ("model.embed_key=X_state", "has no obsm['X_state']"),
         ("model.init_from=/nowhere.pt", "model.init_from"),
         ("train.freeze=['tokens']", "no 'tokens'"),
     ],

@@ -13,10 +13,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from data_store.row_blocks import Allocate, CountRows, DenseRows, RowBlock
-from data_store.schema import OutputSpace
+from data_store.schema import CellSpace
 from data_store.shard_reader import ReadBuffer
 
 CONTROL = "non-targeting"
+EMBED_DIM = 3
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,17 @@ class MemoryStore:
     def control_rows(self) -> np.ndarray:
         return np.flatnonzero(self.pert_code == self.control_index)
 
-    def nbytes(self, space: OutputSpace) -> int:
-        return self.values.nbytes
+    @property
+    def embedding(self) -> np.ndarray:
+        """What reading the embedding gives: other numbers than the genes."""
+        return -self.values[:, :EMBED_DIM]
 
-    def row_nbytes(self, space: OutputSpace) -> np.ndarray:
-        if space == "hvg":
-            return np.full(self.num_cells, self.values[0].nbytes)
+    def nbytes(self, space: CellSpace) -> int:
+        return self._dense(space).nbytes
+
+    def row_nbytes(self, space: CellSpace) -> np.ndarray:
+        if space != "all":
+            return np.full(self.num_cells, self._dense(space)[0].nbytes)
         return np.count_nonzero(self.counts, axis=1) * CountRows.bytes_per_nonzero(8, "uint32")
 
     def allocate_counts(self, rows: np.ndarray, allocate: Allocate = np.empty) -> CountRows:
@@ -103,12 +109,15 @@ class MemoryStore:
         return CountRows.allocate(nnz, self.counts.shape[1], "uint32", ones, allocate)
 
     def read_block(
-        self, space: OutputSpace, start: int, stop: int, buffer: ReadBuffer | None = None
+        self, space: CellSpace, start: int, stop: int, buffer: ReadBuffer | None = None
     ) -> RowBlock:
-        """Give ``all`` sparse and ``hvg`` dense, as a store does; both have the same values."""
+        """Give ``all`` sparse and the others dense, as a store does; genes have equal values."""
         assert 0 <= start < stop <= self.num_cells
-        if space == "hvg":
-            return DenseRows(self.values[start:stop].copy())
+        if space != "all":
+            return DenseRows(self._dense(space)[start:stop].copy())
         matrix = sp.csr_matrix(self.counts[start:stop])
         ones = np.ones(stop - start, dtype=np.float32)
         return CountRows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data, ones)
+
+    def _dense(self, space: CellSpace) -> np.ndarray:
+        return np.ascontiguousarray(self.embedding if space == "embedding" else self.values)

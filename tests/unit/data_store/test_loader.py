@@ -4,12 +4,15 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
 from data_store.cell_sets import build_cell_sets
 from data_store.loader import CellSetLoader
 from data_store.row_reader import StoreRows
 from data_store.sampler import FixedSetSampler, SetSampler
-from tests.support.memory_store import MemoryStore
+from data_store.schema import CellCounts
+from state.batch_tensors import move_values
+from tests.support.memory_store import EMBED_DIM, MemoryStore
 
 STORE = MemoryStore.build()
 SETS = build_cell_sets(
@@ -182,3 +185,43 @@ def test_closing_does_not_wait_for_batches_nobody_wants():
     with loader(prefetch_batches=40, reader=reader) as batches:
         next(batches)
     assert reader.calls <= 4 * 6
+
+
+@pytest.mark.parametrize("as_counts", [False, True])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_embeddings_come_with_the_genes_of_the_targets_alone(as_counts, prefetch):
+    held = EVERY_ROW[:0] if as_counts else EVERY_ROW
+    genes = StoreRows(STORE, "all", held, dense=not as_counts)
+    cells = StoreRows(STORE, "embedding", EVERY_ROW[::2], dense=True)
+    plain = batches_of()
+    sampler = SetSampler(SETS.sets_per_epoch, 0, 3)
+    with CellSetLoader(
+        SETS, sampler, cells, prefetch_batches=prefetch, as_counts=as_counts, gene_reader=genes
+    ) as batches:
+        embedded = list(islice(batches, 12))
+    for ours, theirs in zip(embedded, plain, strict=True):
+        # Of the same cells: the embedding that the store has of the same genes' values.
+        for side in ("control_BSG", "target_BSG"):
+            genes_BSG = getattr(theirs, side)
+            assert np.array_equal(getattr(ours, side), -genes_BSG[..., :EMBED_DIM])
+        assert isinstance(ours.genes_BSJ, CellCounts) == as_counts
+        dense = torch.from_numpy(theirs.target_BSG)
+        assert torch.equal(move_values(ours.genes_BSJ, torch.device("cpu")), dense)
+        assert np.array_equal(ours.mask_BS, theirs.mask_BS)
+        assert theirs.genes_BSJ.shape[-1] == 0
+        assert ours.arrays()[-1] is ours.genes_BSJ
+
+
+def test_without_a_decoder_no_gene_is_read():
+    class NoGenes:
+        def __getattr__(self, name):
+            return getattr(STORE, name)
+
+        def read_block(self, space, start, stop, buffer=None):
+            assert space == "embedding"
+            return STORE.read_block(space, start, stop, buffer)
+
+    reader = StoreRows(NoGenes(), "embedding", EVERY_ROW[:5], dense=True)
+    (batch, *_) = batches_of(reader=reader)
+    assert batch.target_BSG.shape[-1] == reader.num_genes == EMBED_DIM
+    assert batch.genes_BSJ.size == 0

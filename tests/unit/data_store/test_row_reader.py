@@ -44,12 +44,13 @@ def take(reader, rows):
 @given(
     rows=st.lists(st.integers(0, STORE.num_cells - 1), max_size=60),
     held=ROW_SETS,
-    space=st.sampled_from(["all", "hvg"]),
+    space=st.sampled_from(["all", "hvg", "embedding"]),
     dense=st.booleans(),
 )
 def test_values_are_the_same_whatever_is_held(rows, held, space, dense):
     reader = StoreRows(STORE, space, held, dense=dense)
-    assert np.array_equal(take(reader, rows), STORE.values[rows])
+    values = STORE.embedding if space == "embedding" else STORE.values
+    assert np.array_equal(take(reader, rows), values[rows])
 
 
 def test_held_rows_are_read_once_and_others_each_time():
@@ -125,7 +126,7 @@ def held_by(reader, store):
     return np.array(held)
 
 
-@pytest.mark.parametrize("space", ["all", "hvg"])
+@pytest.mark.parametrize("space", ["all", "hvg", "embedding"])
 def test_memory_decides_what_is_held(space, caplog):
     store = CountingStore(MemoryStore.build(num_genes=1000))
     # As sparse as an atlas: one value in eight.

@@ -33,6 +33,19 @@ def test_there_is_a_run_for_each_fold_and_seed(tmp_path: Path):
         assert sub.config.model == config.model
 
 
+def test_runs_beside_are_those_of_the_same_fold_and_seed(tmp_path: Path):
+    keys = ["model.embed_key=X_state", f"data.embed_file={tmp_path / 'e.h5ad'}"]
+    beside = f"evaluate.beside=['{tmp_path / 'other'}']"
+    first, second = list_sub_runs(config_of(tmp_path, "evaluate.folds=2", beside, *keys))
+    assert second.config.evaluate.beside == (
+        tmp_path / "other/runs" / second.config.output_dir.name,
+    )
+    assert first.config.evaluate.beside != second.config.evaluate.beside
+    # The embedding is in the store that all share.
+    assert first.config.data.embed_file is None
+    assert first.config.model.embed_key == "X_state"
+
+
 def test_seeds_alone_keep_the_recipes_split(tmp_path: Path):
     config = config_of(tmp_path, "evaluate.seeds=[1, 2]", "split.seed=3")
     first, second = list_sub_runs(config)

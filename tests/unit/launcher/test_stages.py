@@ -1,6 +1,7 @@
 """Stages: skipped when unchanged, made again when not, resumed when interrupted."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,22 @@ def test_costly_outputs_are_not_removed_unasked(tmp_path: Path, runner: StageRun
     with pytest.raises(LaunchError, match="--overwrite"):
         runner.run(Stage("s", "f2", [out], make(out, "b", calls), is_costly=True))
     assert out.read_text() == "a"
+
+
+def test_what_changed_is_named_where_it_is_known(tmp_path: Path, runner: StageRunner):
+    out, calls = tmp_path / "out", []
+    work = make(out, "a", calls)
+    before, after = {"cells": "9", "embedding": "X of 5"}, {"cells": "9", "embedding": "X of 7"}
+    runner.run(Stage("s", "f1", [out], work, is_costly=True, inputs=before))
+    with pytest.raises(LaunchError, match=r"Changed: embedding: X of 5 -> X of 7\. Choose"):
+        runner.run(Stage("s", "f2", [out], work, is_costly=True, inputs=after))
+    # A record of an earlier version says nothing of them.
+    record = runner._read("s")
+    del record["inputs"]
+    (runner._folder.stages / "s.json").write_text(json.dumps(record))
+    with pytest.raises(LaunchError) as caught:
+        runner.run(Stage("s", "f2", [out], work, is_costly=True, inputs=after))
+    assert "Changed" not in str(caught.value)
 
 
 def test_fingerprints_tell_settings_apart():

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launcher.pipeline import STAGE_NAMES, Pipeline, describe_plan
+from launcher.pipeline import STAGE_NAMES, Pipeline
 from launcher.progress import Reporter
 from launcher.ray_cluster import ThisProcess
+from launcher.run_plan import describe_plan
 from state.recipe import load_config
 from tests.support.atlas import write_atlas
 from tests.support.runs import REPO_ROOT

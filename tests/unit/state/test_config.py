@@ -108,6 +108,12 @@ SIMULATE = "simulate={num_cells=9, num_genes=9, num_perturbations=2}"
         ([SIMULATE, "data.input=https://x.org/a.h5ad"], ["simulate", "https://x.org/a.h5ad"]),
         (["faults.kill_at_step=99", "train.max_steps=16"], ["faults.kill_at_step = 99", "16"]),
         (["faults.kill_at_step=1", "faults.rank=3"], ["faults.rank = 3", "ranks are 0 to 0"]),
+        (["data.embed_file=e.h5ad"], ["data.embed_file = ", "model.embed_key"]),
+        (
+            ["model.embed_key=X", "model.output_space=embedding", "evaluate.folds=3"],
+            ["predicts none", "'hvg' or 'all'"],
+        ),
+        (["model.embed_key=X", "loss.decoder_weight=0"], ["model.embed_key is never trained"]),
         (["data.hvg_flavor=vst"], ["data.hvg_flavor = 'vst'", "seurat_v3"]),
         (["data.hvg_batch_key="], ["data.hvg_batch_key", "empty"]),
         (["simulate.preset=vccc"], ["simulate: preset = 'vccc' must be one of: vcc"]),
@@ -186,12 +192,34 @@ def test_broken_toml_and_circles_are_refused(tmp_path: Path):
         load_config(path)
 
 
+def test_a_model_on_an_embedding_has_a_row_of_its_own(recipe: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = load_config(recipe)
+    assert (plain.model.row_name, plain.model.cell_space, plain.model.has_decoder) == (
+        *("state", "hvg", False),
+    )
+    keys = ["model.embed_key=X_state", "data.embed_file=e.h5ad", "evaluate.beside=['runs/a']"]
+    config = load_config(recipe, [*keys, "model.output_space=all"])
+    assert (config.model.row_name, config.model.cell_space) == ("state_X_state", "embedding")
+    assert config.model.has_decoder
+    assert config.is_judged
+    assert config.data.embed_file == tmp_path / "e.h5ad"
+    assert config.evaluate.beside == (tmp_path / "runs/a",)
+    (tmp_path / "config.toml").write_text(dump_config(config))
+    assert load_resolved_config(tmp_path / "config.toml") == config
+    alone = load_config(recipe, ["model.embed_key=X", "model.output_space=embedding"])
+    assert not alone.model.has_decoder
+    assert not alone.is_judged
+    url = load_config(recipe, [*keys, "data.embed_file=https://x.org/e.h5ad"])
+    assert url.data.embed_file == "https://x.org/e.h5ad"
+
+
 def test_differences_are_listed_by_key(recipe: Path):
     before, after = load_config(recipe), load_config(recipe, ["train.lr=0.5", "seed=1"])
     assert describe_differences(after, before) == ["seed: 42 -> 1", "train.lr: 0.0001 -> 0.5"]
 
 
-@pytest.mark.parametrize("name", ["demo", "papalexi2021", "vcc"])
+@pytest.mark.parametrize("name", ["demo", "demo_state", "papalexi2021", "vcc"])
 def test_shipped_recipes_are_valid(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("STATEWIDE_DATA", "/data")
     config = load_config(REPO_ROOT / "configs" / f"{name}.toml")

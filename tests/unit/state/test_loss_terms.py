@@ -113,6 +113,8 @@ def test_decoder_is_trained_on_the_genes():
     given = batch(width=5)
     with pytest.raises(ValueError, match="target_BSJ"):
         objective(**given)
+    with pytest.raises(ValueError, match="target_BSJ"):
+        objective(**given, target_BSJ=torch.empty(0, 0, 0))
     genes = torch.rand(2, S, G)
     result = objective(**given, target_BSJ=genes)
     assert objective.term_names == ("mmd", "decoder")
