@@ -20,7 +20,7 @@ import typer.core
 from pydantic import ValidationError
 
 from data_store.schema import SPLIT_NAMES, GeneChoice, HvgFlavor, UserError
-from launcher import cli_cluster, cli_embed, cli_statistics, cli_store
+from launcher import cli_cluster, cli_embed, cli_monitor, cli_statistics, cli_store
 from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
 from launcher.cli_options import (
     DEFAULT_WAIT_RESOURCES_S,
@@ -296,6 +296,7 @@ for command in (evaluate, score, prep, simulate):
 for cluster_command in (cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop):
     app.command()(cluster_command)
 app.command("list")(cli_cluster.list_jobs)
+app.command()(cli_monitor.tensorboard)
 
 
 @app.command()

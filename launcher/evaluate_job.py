@@ -175,6 +175,6 @@ def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None
     for what, where in (
         ("tables", folder.evaluation),
         ("report", folder.report),
-        ("TensorBoard", f"tensorboard --logdir {folder.path / 'tb'}"),
+        ("TensorBoard", f"statewide tensorboard {folder.path}"),
     ):
         console.print(f"{what}: {where}", soft_wrap=True, highlight=False)

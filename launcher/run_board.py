@@ -24,7 +24,7 @@ _MAX_CURVES: Final = 12
 _MAX_COMPONENTS: Final = 50
 _SCORES: Final = ("des", "pds", "mae", "overall")
 # What a recipe sets that is compared between runs; paths and names are not.
-_COMPARED_SECTIONS: Final = ("model", "loss", "train", "data", "cluster")
+_COMPARED_SECTIONS: Final = ("model", "loss", "train", "data")
 
 
 def write_run_board(

@@ -34,6 +34,7 @@ ONLY_IN = {
         "launcher.cli",
         "launcher.cli_cluster",
         "launcher.cli_embed",
+        "launcher.cli_monitor",
         "launcher.cli_evaluate",
         "launcher.cli_options",
         "launcher.cli_simulate",
