@@ -55,8 +55,10 @@ def move_array(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """Copy an array to the device; on the CPU the tensor shares its memory where torch can."""
     # Torch refuses read-only memory maps.
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    # Only from pinned memory does a copy run beside the host.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    # Only from pinned memory does a copy run beside the host; of nothing there is none.
+    return tensor.pin_memory().to(device, non_blocking=True) if array.size else tensor.to(device)
 
 
 def densify(cells: CellCounts, device: torch.device) -> Tensor:
