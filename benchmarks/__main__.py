@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
@@ -24,10 +24,10 @@ from benchmarks import (
 )
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import REPO_ROOT
-from benchmarks.record import Finding, write_results
+from benchmarks.record import Finding, ResultFile
 from benchmarks.settings import Settings, Workers
 
-BENCHMARKS: Mapping[str, Callable[[Settings], Sequence[Finding]]] = {
+BENCHMARKS: Mapping[str, Callable[[Settings], Iterator[Finding]]] = {
     "preprocess": preprocess.run,
     "loader": loader.run,
     "mmd": mmd.run,
@@ -60,20 +60,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
     for name in options.names or [name for name in BENCHMARKS if name not in ASKED_FOR]:
+        file = ResultFile(options.results / f"{name}.json", command, asdict(settings))
         try:
-            findings = BENCHMARKS[name](settings)
+            _measure(name, settings, file)
         except BenchmarkError as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1
-            continue
-        if not findings:
-            print(f"{name}: nothing to measure without peers", file=sys.stderr)
-            continue
-        path = options.results / f"{name}.json"
-        write_results(path, findings, command, asdict(settings))
-        print("\n\n".join(finding.table() for finding in findings))
-        print(f"  written to {path}\n", flush=True)
     return status
+
+
+def _measure(name: str, settings: Settings, file: ResultFile) -> None:
+    """Run one benchmark; print and write each finding as it comes.
+
+    Raises
+    ------
+    BenchmarkError
+        From the benchmark; the file then holds what came before, and says so.
+    """
+    findings: dict[str, Finding] = {}
+    try:
+        for finding in BENCHMARKS[name](settings):
+            findings[finding.title] = finding
+            print(f"{finding.table()}\n", flush=True)
+            file.write(list(findings.values()), "not ended: it still runs, or was stopped")
+    except BenchmarkError as error:
+        if findings:
+            file.write(list(findings.values()), str(error))
+            print(f"  written to {file.path}, without what failed\n", flush=True)
+        raise
+    if not findings:
+        print(f"{name}: nothing to measure without peers", file=sys.stderr)
+        return
+    file.write(list(findings.values()))
+    print(f"  written to {file.path}\n", flush=True)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

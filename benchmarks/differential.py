@@ -8,7 +8,7 @@ of the same run. Run by ``python -m benchmarks differential``. pdex and cell-eva
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,25 +36,21 @@ NOTES = (
 )
 
 
-def run(settings: Settings) -> list[Comparison]:
+def run(settings: Settings) -> Iterator[Comparison]:
     """Compare on a simulated, normalised table in CSR, which suits both."""
     with TemporaryDirectory(prefix="benchmark-cells-") as name:
         path = Path(name) / "cells.h5ad"
         _simulate(path)
         arguments = {"path": str(path)}
-        return [
-            compare(
-                f"differential expression, {NUM_CELLS} cells x {NUM_GENES} genes, "
-                f"{NUM_PERTURBATIONS} perturbations",
-                [
-                    Side("ours", prepare_ours, arguments, CALLS_OURS),
-                    Side("scanpy", prepare_scanpy, arguments),
-                ],
-                settings.rounds,
-                check_p_values,
-                NOTES,
-            )
+        title = (
+            f"differential expression, {NUM_CELLS} cells x {NUM_GENES} genes, "
+            f"{NUM_PERTURBATIONS} perturbations"
+        )
+        sides = [
+            Side("ours", prepare_ours, arguments, CALLS_OURS),
+            Side("scanpy", prepare_scanpy, arguments),
         ]
+        yield compare(title, sides, settings.rounds, check_p_values, NOTES)
 
 
 def _simulate(path: Path) -> None:

@@ -6,7 +6,7 @@ Every value is held against the bars that the golden set is held to before a tim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,21 +70,20 @@ GROWTH = (
 )
 
 
-def run(settings: Settings) -> list[Comparison]:
+def run(settings: Settings) -> Iterator[Comparison]:
     """Compare the tests at several sizes, then whole evaluations."""
     if not settings.peers:
         raise BenchmarkError("evaluate compares with pdex and cell-eval: leave out --without-peers")
     sizes = (SMALL, *GROWTH, CONTROL_RICH, *((LARGE,) if settings.large else ()))
     pairs = [(SMALL, "vcc"), (SMALL, "full"), *(((LARGE, "vcc"),) if settings.large else ())]
-    comparisons = []
     with TemporaryDirectory(prefix="benchmark-cells-") as name:
         folder = Path(name)
         small = str(simulate(folder / "warm_up.h5ad", WARM_UP, seed=0))
         for size in sizes:
             path = simulate(folder / "cells.h5ad", size, seed=1)
-            comparisons.append(_compare_tests(f"sparse, {size}", path, small, settings))
+            yield _compare_tests(f"sparse, {size}", path, small, settings)
         path = simulate(folder / "cells.h5ad", SMALL, seed=1, fill=True)
-        comparisons.append(_compare_tests(f"dense, {SMALL}", path, small, settings))
+        yield _compare_tests(f"dense, {SMALL}", path, small, settings)
         for size, profile in pairs:
             arguments = {
                 "real": str(simulate(folder / "cells.h5ad", size, seed=1)),
@@ -97,8 +96,7 @@ def run(settings: Settings) -> list[Comparison]:
                 Side("cell-eval", prepare_cell_eval, arguments, environment=ENVIRONMENT),
             ]
             title = f"two files to tables, profile {profile}, {size}"
-            comparisons.append(compare(title, sides, settings.rounds, check_metrics, NOTES))
-    return comparisons
+            yield compare(title, sides, settings.rounds, check_metrics, NOTES)
 
 
 def _compare_tests(title: str, path: Path, small: str, settings: Settings) -> Comparison:

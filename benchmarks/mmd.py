@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def run(settings: Settings) -> list[Comparison]:
+def run(settings: Settings) -> Iterator[Comparison]:
     """Compare on each shape; print every side's error, working memory, and errors by case."""
     _check_float64_against_definition()
-    comparisons = [_compare_shape(shape, CALLS[shape], settings.rounds) for shape in CALLS]
-    comparisons.append(_compare_shape(NAIVE_SHAPE, 5, settings.rounds, naive=True))
-    return [_with_case_errors(comparisons[0]), *comparisons[1:]]
+    first, *others = CALLS
+    yield _with_case_errors(_compare_shape(first, CALLS[first], settings.rounds))
+    for shape in others:
+        yield _compare_shape(shape, CALLS[shape], settings.rounds)
+    yield _compare_shape(NAIVE_SHAPE, 5, settings.rounds, naive=True)
 
 
 def _compare_shape(

@@ -43,7 +43,7 @@ HVG_NOTES = (
 )
 
 
-def run(settings: Settings) -> list[Comparison]:
+def run(settings: Settings) -> Iterator[Comparison]:
     """Compare with and without writing the result."""
     with TemporaryDirectory(prefix="benchmark-atlas-") as name:
         atlas, small = Path(name) / "atlas.h5ad", Path(name) / "small.h5ad"
@@ -51,30 +51,28 @@ def run(settings: Settings) -> list[Comparison]:
         _simulate(small, WARM_UP_CELLS, WARM_UP_GENES)
         arguments = {"atlas": str(atlas), "small": str(small)}
         size = f"{settings.cells} cells x {settings.genes} genes"
-        return [
-            compare(
-                f"preprocess to disk, {size}",
-                settings.measurable(
-                    Side("ours", prepare_store, arguments),
-                    Side("scanpy", prepare_scanpy, {**arguments, "write": True}),
-                    Side("arc-state", prepare_arc_state, arguments, environment="arc"),
-                ),
-                settings.rounds,
-                check_same_genes,
-                WRITE_NOTES,
+        yield compare(
+            f"preprocess to disk, {size}",
+            settings.measurable(
+                Side("ours", prepare_store, arguments),
+                Side("scanpy", prepare_scanpy, {**arguments, "write": True}),
+                Side("arc-state", prepare_arc_state, arguments, environment="arc"),
             ),
-            compare(
-                f"read, normalise, select genes, nothing written, {size}",
-                settings.measurable(
-                    Side("ours", prepare_selection, arguments),
-                    Side("scanpy", prepare_scanpy, {**arguments, "write": False}),
-                    Side("dask", prepare_scanpy_on_dask, arguments, environment="dask"),
-                ),
-                settings.rounds,
-                check_same_genes,
-                HVG_NOTES,
+            settings.rounds,
+            check_same_genes,
+            WRITE_NOTES,
+        )
+        yield compare(
+            f"read, normalise, select genes, nothing written, {size}",
+            settings.measurable(
+                Side("ours", prepare_selection, arguments),
+                Side("scanpy", prepare_scanpy, {**arguments, "write": False}),
+                Side("dask", prepare_scanpy_on_dask, arguments, environment="dask"),
             ),
-        ]
+            settings.rounds,
+            check_same_genes,
+            HVG_NOTES,
+        )
 
 
 def _simulate(path: Path, cells: int, genes: int) -> None:

@@ -15,6 +15,7 @@ import queue
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,7 @@ class WorkerTimes:
     peak_rss_bytes: int
 
 
-def run(settings: Settings) -> list[Comparison]:
+def run(settings: Settings) -> Iterator[Comparison]:
     """Measure one and two workers in turn, check the model, and predict."""
     rounds = [{size: measure(size) for size in (1, 2)} for _ in range(settings.rounds)]
     measured = tuple(
@@ -63,7 +64,7 @@ def run(settings: Settings) -> list[Comparison]:
         for each in rounds
     )
     title = f"data-parallel step, st_small, {NUM_SETS} sets of {NUM_CELLS} cells a worker, gloo"
-    return [Comparison(title, measured, tuple(describe(rounds)))]
+    yield Comparison(title, measured, tuple(describe(rounds)))
 
 
 def describe(rounds: list[dict[int, WorkerTimes]]) -> list[str]:

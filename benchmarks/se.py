@@ -6,7 +6,7 @@ picks must agree before a ratio is given (which of tied genes is picked may diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +26,7 @@ NUM_ASKED = 512
 NUM_CELLS = 256
 
 
-def run(settings: Settings) -> list[Comparison]:
+def run(settings: Settings) -> Iterator[Comparison]:
     """Compare the cost of one cell."""
     arguments = {"num_cells": NUM_CELLS}
     sides = [
@@ -45,7 +45,7 @@ def run(settings: Settings) -> list[Comparison]:
         for side in comparison.sides
     ]
     notes = (f"cells/s of one core: {', '.join(speeds)}",)
-    return [Comparison(comparison.title, comparison.rounds, notes)]
+    yield Comparison(comparison.title, comparison.rounds, notes)
 
 
 def check_picked(results: Mapping[str, Arrays]) -> None:

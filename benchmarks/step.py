@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -36,12 +36,13 @@ CASES = (("st_small", 16, 128), ("st_small", 16, 100), ("st_base", 4, 512), ("st
 TOLERANCE = {"fp32": 5e-3, "bf16": 3e-2}
 
 
-def run(settings: Settings) -> list[Comparison]:
+def run(settings: Settings) -> Iterator[Comparison]:
     """Compare each preset on full sets and on sets of 100 cells; nothing without arc-state."""
     if not settings.peers:
-        return []
+        return
     with tempfile.TemporaryDirectory(prefix="benchmark-step-") as folder:
-        return [compare_case(*case, Path(folder), settings.rounds) for case in CASES]
+        for case in CASES:
+            yield compare_case(*case, Path(folder), settings.rounds)
 
 
 def compare_case(
