@@ -85,7 +85,7 @@ def run(settings: Settings) -> Iterator[GrowthTable]:
     with TemporaryDirectory(prefix="benchmark-cells-") as name:
         folder = Path(name)
         small = simulate(folder / "warm_up.h5ad", WARM_UP, seed=0)
-        _evaluate(folder, small, small, with_ray=False)
+        run_evaluation(folder, small, small, with_ray=False)
         for label, size in POINTS:
             real = simulate(folder / "cells.h5ad", size, seed=1)
             pred = simulate(folder / "pred.h5ad", size, seed=2)
@@ -96,12 +96,19 @@ def run(settings: Settings) -> Iterator[GrowthTable]:
             costs: dict[str, list[TreeCost]] = {way: [] for way in ways}
             for _ in range(settings.rounds):
                 for way, with_ray in ways.items():
-                    costs[way].append(_evaluate(folder, real, pred, with_ray=with_ray))
+                    costs[way].append(run_evaluation(folder, real, pred, with_ray=with_ray))
             points += [Point(label, size, way, tuple(costs[way])) for way in ways]
             yield GrowthTable(title, tuple(points))
 
 
-def _evaluate(folder: Path, real: Path, pred: Path, *, with_ray: bool) -> TreeCost:
+def run_evaluation(folder: Path, real: Path, pred: Path, *, with_ray: bool) -> TreeCost:
+    """Run ``statewide evaluate`` and measure all its processes; its tables stay in ``folder``.
+
+    Raises
+    ------
+    BenchmarkError
+        If it fails, or leaves no table.
+    """
     command = [
         *(sys.executable, "-m", "launcher.cli", "evaluate", "--real", str(real)),
         *("--pred", str(pred), "--out", str(folder / "tables"), "--profile", "vcc"),
