@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.evaluate_checks import RANKED, MetricCheck, check_tests
+from benchmarks.evaluate_checks import ENERGY, RANKED, SIGNED, ExactEnergy, MetricCheck, check_tests
 
 NUM_GENES = 6
 
@@ -34,14 +34,43 @@ def test_a_rank_that_rounding_decides_is_counted_with_its_proof():
     assert check.notes() == ()
     check({"ours": make_side(NEAR), "cell-eval": make_side(SWAPPED)})
     (note,) = check.notes()
-    assert f"tie-sensitive values of {RANKED}: 1 (p: 1 pair(s) of 5 genes change places" in note
+    assert f"{RANKED} of p: of 5 significant genes 1 pair(s) change places and 0 their sign" in note
+
+
+def test_a_sign_that_rounding_decides_is_counted_with_its_proof():
+    def side(smallest, share):
+        return make_side([smallest, 2.0, 3.0, 4.0, np.inf, 0.0], **{SIGNED: np.array([share])})
+
+    check = MetricCheck()
+    check({"ours": side(1e-6, 1.0), "cell-eval": side(-1e-6, 0.8)})
+    (note,) = check.notes()
+    assert f"{SIGNED} of p: of 5 significant genes 0 pair(s) change places and 1 their sign" in note
+    with pytest.raises(BenchmarkError, match="log2_fold_change differ"):
+        check({"ours": side(1e-3, 1.0), "cell-eval": side(-1e-3, 0.8)})
+    with pytest.raises(BenchmarkError, match="from the same side"):
+        check({"ours": side(1e-6, 1.0), "cell-eval": side(1e-6, 0.8)})
+
+
+def test_an_energy_correlation_is_held_to_its_definition():
+    def side(value):
+        return make_side(NEAR, **{ENERGY: np.array([value])})
+
+    results = {"ours": side(0.5), "cell-eval": side(0.50003)}
+    with pytest.raises(BenchmarkError, match=f"1 of 1 values of {ENERGY}"):
+        MetricCheck()(results)
+    check = MetricCheck(ExactEnergy(0.500001, rounding=1e-4))
+    check(results)
+    assert "ours is 1.0e-06, cell-eval's 2.9e-05 from it" in check.notes()[0]
+    for value, rounding in ((0.50003, 1e-4), (0.500001, 1e-5)):
+        with pytest.raises(BenchmarkError, match="its definition in float64"):
+            MetricCheck(ExactEnergy(value, rounding))(results)
 
 
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
         # Further apart than rounding brings them.
-        (make_side([1.0, 2.0, 3.001, 3.0, np.inf, 0.0]), "real_lfc differ"),
+        (make_side([1.0, 2.0, 3.001, 3.0, np.inf, 0.0]), "log2_fold_change differ"),
         # Not the correlation of these fold changes.
         (make_side(NEAR, rank=0.9), "from the same side"),
         (make_side(SWAPPED, rank=0.95), "from the same side"),
