@@ -4,7 +4,9 @@ Three metrics need more than a bar, for the peers average in float32. Fold chang
 together than its rounding may change places, and then ``de_spearman_lfc_sig`` ranks otherwise; one
 closer to 0 may change its sign (``de_direction_match``). Such a value is accepted only with a proof
 (``_explain``), and counted. Where energy distances hardly differ, ``pearson_edistance`` is held
-to its definition in float64, if the caller has it. Shape legend: P perturbations, G genes, T significant genes of a perturbation.
+to its definition in float64, if the caller has it.
+
+Shape legend: P perturbations, G genes, T significant genes of one perturbation.
 """
 
 from __future__ import annotations
