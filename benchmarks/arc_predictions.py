@@ -30,7 +30,7 @@ from benchmarks.settings import Settings
 
 SIZE = Size(perturbations=12, cells=80, controls=400, genes=300)
 VALIDATED, HELD_OUT = ("GENE10",), tuple(f"GENE{number}" for number in range(6))
-STEPS = 20
+STEPS = 300
 PROFILES = ("vcc", "full")
 _LOG_LINES = 15
 
