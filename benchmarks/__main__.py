@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import get_args
 
 from benchmarks import (
+    arc_predictions,
     differential,
     evaluate,
+    evaluate_atlas,
+    evaluate_growth,
     loader,
     mmd,
     preprocess,
@@ -24,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import REPO_ROOT
-from benchmarks.record import Finding, write_results
+from benchmarks.record import Finding, ResultFile
 from benchmarks.settings import Settings, Workers
 
 BENCHMARKS: Mapping[str, Callable[[Settings], Iterator[Finding]]] = {
@@ -37,9 +40,12 @@ BENCHMARKS: Mapping[str, Callable[[Settings], Iterator[Finding]]] = {
     "se": se.run,
     "scaling": scaling.run,
     "evaluate": evaluate.run,
+    "evaluate_growth": evaluate_growth.run,
+    "evaluate_atlas": evaluate_atlas.run,
+    "arc_predictions": arc_predictions.run,
 }
-# Takes tens of minutes and gigabytes of disk: only where it is named.
-ASKED_FOR = ("atlas",)
+# Atlases take long and gigabytes of disk; the last compares values, not costs.
+ASKED_FOR = ("atlas", "evaluate_atlas", "arc_predictions")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,26 +66,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
     for name in options.names or [name for name in BENCHMARKS if name not in ASKED_FOR]:
-        path = options.results / f"{name}.json"
-        partial = path.with_suffix(".partial.json")
-        findings: list[Finding] = []
+        file = ResultFile(options.results / f"{name}.json", command, asdict(settings))
         try:
-            # Each is printed and kept as it ends: what comes after it may fail, or take too long.
-            for finding in BENCHMARKS[name](settings):
-                findings.append(finding)
-                print(finding.table(), end="\n\n", flush=True)
-                write_results(partial, findings, command, asdict(settings))
+            _measure(name, settings, file)
         except BenchmarkError as error:
-            kept = f"; the comparisons before it are in {partial}" if findings else ""
-            print(f"{name}: {error}{kept}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
             status = 1
-            continue
-        if not findings:
-            print(f"{name}: nothing to measure without peers", file=sys.stderr)
-            continue
-        partial.replace(path)
-        print(f"  written to {path}\n", flush=True)
     return status
+
+
+def _measure(name: str, settings: Settings, file: ResultFile) -> None:
+    """Run one benchmark; print and write each finding as it comes.
+
+    Raises
+    ------
+    BenchmarkError
+        From the benchmark; the file then holds what came before, and says so.
+    """
+    findings: dict[str, Finding] = {}
+    try:
+        for finding in BENCHMARKS[name](settings):
+            findings[finding.title] = finding
+            print(f"{finding.table()}\n", flush=True)
+            file.write(list(findings.values()), "not ended: it still runs, or was stopped")
+    except BenchmarkError as error:
+        if findings:
+            file.write(list(findings.values()), str(error))
+            print(f"  written to {file.path}, without what failed\n", flush=True)
+        raise
+    if not findings:
+        print(f"{name}: nothing to measure without peers", file=sys.stderr)
+        return
+    file.write(list(findings.values()))
+    print(f"  written to {file.path}\n", flush=True)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

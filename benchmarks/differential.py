@@ -42,17 +42,15 @@ def run(settings: Settings) -> Iterator[Comparison]:
         path = Path(name) / "cells.h5ad"
         _simulate(path)
         arguments = {"path": str(path)}
-        yield compare(
+        title = (
             f"differential expression, {NUM_CELLS} cells x {NUM_GENES} genes, "
-            f"{NUM_PERTURBATIONS} perturbations",
-            [
-                Side("ours", prepare_ours, arguments, CALLS_OURS),
-                Side("scanpy", prepare_scanpy, arguments),
-            ],
-            settings.rounds,
-            check_p_values,
-            NOTES,
+            f"{NUM_PERTURBATIONS} perturbations"
         )
+        sides = [
+            Side("ours", prepare_ours, arguments, CALLS_OURS),
+            Side("scanpy", prepare_scanpy, arguments),
+        ]
+        yield compare(title, sides, settings.rounds, check_p_values, NOTES)
 
 
 def _simulate(path: Path) -> None:

@@ -6,7 +6,7 @@ Every value is held against the bars that the golden set is held to before a tim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from benchmarks.child import Task
 from benchmarks.errors import BenchmarkError
+from benchmarks.evaluate_checks import MetricCheck, check_tests
 from benchmarks.evaluate_peers import (
     CONTROL,
     PERT_COL,
@@ -29,13 +30,6 @@ from benchmarks.harness import Arrays, Comparison, Side, compare
 from benchmarks.settings import Settings
 
 ENVIRONMENT = "cell-eval"
-# Of p, fdr, U and log2 fold change (pdex averages in float32); of the metrics.
-TESTED_BARS = {"p_value": 1e-12, "fdr": 1e-12, "statistic": 0.0, "log2_fold_change": 3e-5}
-METRIC_BARS = {
-    **dict.fromkeys(("mae", "mse", "mae_delta", "mse_delta"), 1e-6),
-    **dict.fromkeys(("pearson_delta", "pearson_edistance", "de_spearman_lfc_sig"), 5e-6),
-    **dict.fromkeys(("pr_auc", "roc_auc", "de_spearman_sig"), 1e-9),
-}
 NOTES = (
     "p and fdr agree to 1e-12, U exactly, log2 fold changes to 3e-5, metrics to the golden bars",
     "one thread a side; imports and compilation are before the clock, and in process CPU s",
@@ -74,39 +68,47 @@ def run(settings: Settings) -> Iterator[Comparison]:
     """Compare the tests at several sizes, then whole evaluations."""
     if not settings.peers:
         raise BenchmarkError("evaluate compares with pdex and cell-eval: leave out --without-peers")
-    sizes = (SMALL, *GROWTH, CONTROL_RICH, *((LARGE,) if settings.large else ()))
-    pairs = [(SMALL, "vcc"), (SMALL, "full"), *(((LARGE, "vcc"),) if settings.large else ())]
     with TemporaryDirectory(prefix="benchmark-cells-") as name:
         folder = Path(name)
-        small = str(simulate(folder / "warm_up.h5ad", WARM_UP, seed=0))
-        for size in sizes:
-            path = simulate(folder / "cells.h5ad", size, seed=1)
-            yield _compare_tests(f"sparse, {size}", path, small, settings)
-        path = simulate(folder / "cells.h5ad", SMALL, seed=1, fill=True)
-        yield _compare_tests(f"dense, {SMALL}", path, small, settings)
-        for size, profile in pairs:
-            arguments = {
-                "real": str(simulate(folder / "cells.h5ad", size, seed=1)),
-                "pred": str(simulate(folder / "pred.h5ad", size, seed=2)),
-                "small": small,
-                "profile": profile,
-            }
-            sides = [
-                Side("ours", prepare_ours, arguments),
-                Side("cell-eval", prepare_cell_eval, arguments, environment=ENVIRONMENT),
-            ]
-            title = f"two files to tables, profile {profile}, {size}"
-            yield compare(title, sides, settings.rounds, check_metrics, NOTES)
+        small = simulate(folder / "warm_up.h5ad", WARM_UP, seed=0)
+        yield _compare_tests(folder, SMALL, small, settings.rounds)
+        yield _compare_tests(folder, SMALL, small, settings.rounds, fill=True)
+        for profile in ("vcc", "full"):
+            yield _compare_files(folder, SMALL, profile, small, settings.rounds)
+        for size in (*GROWTH, CONTROL_RICH):
+            yield _compare_tests(folder, size, small, settings.rounds)
+        if settings.large:
+            yield _compare_tests(folder, LARGE, small, settings.rounds)
+            yield _compare_files(folder, LARGE, "vcc", small, settings.rounds)
 
 
-def _compare_tests(title: str, path: Path, small: str, settings: Settings) -> Comparison:
-    arguments = {"path": str(path), "small": small}
+def _compare_tests(
+    folder: Path, size: Size, small: Path, rounds: int, *, fill: bool = False
+) -> Comparison:
+    path = simulate(folder / "cells.h5ad", size, seed=1, fill=fill)
+    arguments = {"path": str(path), "small": str(small)}
     sides = [
         Side("ours", prepare_tests, arguments),
         Side("pdex", prepare_pdex, arguments, environment=ENVIRONMENT),
     ]
-    name = f"differential expression, {title}"
-    return compare(name, sides, settings.rounds, check_tests, NOTES)
+    title = f"differential expression, {'dense' if fill else 'sparse'}, {size}"
+    return compare(title, sides, rounds, check_tests, NOTES)
+
+
+def _compare_files(folder: Path, size: Size, profile: str, small: Path, rounds: int) -> Comparison:
+    arguments = {
+        "real": str(simulate(folder / "cells.h5ad", size, seed=1)),
+        "pred": str(simulate(folder / "pred.h5ad", size, seed=2)),
+        "small": str(small),
+        "profile": profile,
+    }
+    sides = [
+        Side("ours", prepare_ours, arguments),
+        Side("cell-eval", prepare_cell_eval, arguments, environment=ENVIRONMENT),
+    ]
+    title, check = f"two files to tables, profile {profile}, {size}", MetricCheck()
+    comparison = compare(title, sides, rounds, check, NOTES)
+    return replace(comparison, notes=(*comparison.notes, *check.notes()))
 
 
 def simulate(path: Path, size: Size, *, seed: int, fill: bool = False) -> Path:
@@ -182,44 +184,3 @@ def prepare_ours(real: str, pred: str, small: str, profile: str) -> Task:
 
     evaluate(small, small, "small")
     return Task(partial(evaluate, real, pred, "tables"), read_results)
-
-
-def check_tests(results: Mapping[str, Arrays]) -> None:
-    """Refuse to compare tests that differ.
-
-    Raises
-    ------
-    BenchmarkError
-        If a value differs by more than its bar; infinite fold changes must be the same.
-    """
-    ours, theirs = results["ours"], results["pdex"]
-    if not np.array_equal(ours["pairs"], theirs["pairs"]):
-        raise BenchmarkError("ours and pdex tested different pairs: no ratio is given")
-    _hold(ours, theirs, TESTED_BARS)
-
-
-def check_metrics(results: Mapping[str, Arrays]) -> None:
-    """Refuse to compare evaluations whose metrics differ.
-
-    Raises
-    ------
-    BenchmarkError
-        If the columns or perturbations differ, or a value by more than its bar.
-    """
-    ours, theirs = results["ours"], results["cell-eval"]
-    same_rows = np.array_equal(ours["perturbation"], theirs["perturbation"])
-    if set(ours) != set(theirs) or not same_rows:
-        raise BenchmarkError("ours and cell-eval have different rows or columns: no ratio is given")
-    _hold(
-        ours, theirs, {name: METRIC_BARS.get(name, 0.0) for name in ours if name != "perturbation"}
-    )
-
-
-def _hold(ours: Arrays, theirs: Arrays, bars: Mapping[str, float]) -> None:
-    for name, bar in bars.items():
-        close = np.isclose(ours[name], theirs[name], rtol=0, atol=bar, equal_nan=True)
-        if not close.all():
-            raise BenchmarkError(
-                f"{int((~close).sum())} of {close.size} values of {name} differ by more than "
-                f"{bar:g}: the sides do not compute the same, so no ratio is given"
-            )

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.child import Task
 
 CONTROL, PERT_COL = "non-targeting", "target_gene"
+DE_COLUMNS = {"lfc": "log2_fold_change", "fdr": "fdr"}
 TESTED = ("p_value", "fdr", "statistic", "log2_fold_change")
 
 
@@ -70,10 +71,19 @@ def prepare_cell_eval(real: str, pred: str, small: str, profile: str) -> Task:
 
 
 def read_results(out: str) -> dict[str, Any]:
-    """Return the columns of results.csv, in the order of the perturbations."""
+    """Return the columns of results.csv, in the order of the perturbations, and what they rank.
+
+    ``real_lfc``, ``pred_lfc`` and ``real_fdr`` [P, G] come from real_de.csv and pred_de.csv.
+    """
     import pandas as pd
 
     table = pd.read_csv(Path(out) / "results.csv").sort_values("perturbation")
     names = table.pop("perturbation").to_numpy().astype(str)
     columns = {name: values.to_numpy(dtype=np.float64) for name, values in table.items()}
+    for side, column in (("real", "lfc"), ("pred", "lfc"), ("real", "fdr")):
+        tests = pd.read_csv(Path(out) / f"{side}_de.csv")
+        wide = tests.pivot_table(
+            index="target", columns="feature", values=DE_COLUMNS[column], dropna=False
+        )
+        columns[f"{side}_{column}"] = wide.loc[names].to_numpy(dtype=np.float64)
     return {"perturbation": names, **columns}

@@ -79,70 +79,62 @@ def run(settings: Settings) -> Iterator[Comparison]:
         build_store(folder)
         arguments = {"folder": name}
 
+        def batches(side: str, held: str, form: str = "dense") -> Side:
+            return Side(side, prepare_loader, {**arguments, "held": held, "form": form})
+
         for cold in (False, True):
             yield _compare_sets(settings, name, cold=cold)
-        yield _compare_batches(settings, arguments)
-        if settings.peers:
-            yield _compare_peers(settings, arguments)
-
-
-def _compare_batches(settings: Settings, arguments: dict[str, Any]) -> Comparison:
-    def batches(side: str, held: str, form: str = "dense") -> Side:
-        return Side(side, prepare_loader, {**arguments, "held": held, "form": form})
-
-    return _with_rates(
-        compare(
-            f"batches of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
-            [
-                batches("ours, streamed", "controls"),
-                batches("ours, nothing held", "nothing"),
-                batches("ours, resident sparse", "sparse"),
-                batches("ours, resident dense", "dense"),
-                batches("ours, streamed, counts", "controls", "counts"),
-                batches("ours, resident, counts", "sparse", "counts"),
-                Side("anndata backed", prepare_backed_batches, arguments),
-            ],
-            settings.rounds,
-            check_same_values,
-            BATCH_NOTES,
-        ),
-        BATCHES * ROWS_PER_BATCH,
-    )
-
-
-def _compare_peers(settings: Settings, arguments: dict[str, Any]) -> Comparison:
-    return _with_rates(
-        compare(
-            f"one batch of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
-            settings.measurable(
-                Side("ours, streamed", prepare_one_batch, arguments, calls=16),
-                Side(
-                    "cell-load",
-                    prepare_cell_load,
-                    {**arguments, "consecutive": False},
-                    environment="arc",
-                ),
-                Side(
-                    "cell-load, consecutive",
-                    prepare_cell_load,
-                    {**arguments, "consecutive": True},
-                    calls=4,
-                    environment="arc",
-                ),
-                Side(
-                    "scDataset",
-                    prepare_scdataset,
-                    arguments,
-                    calls=8,
-                    environment="scdataset",
-                ),
+        yield _with_rates(
+            compare(
+                f"batches of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
+                [
+                    batches("ours, streamed", "controls"),
+                    batches("ours, nothing held", "nothing"),
+                    batches("ours, resident sparse", "sparse"),
+                    batches("ours, resident dense", "dense"),
+                    batches("ours, streamed, counts", "controls", "counts"),
+                    batches("ours, resident, counts", "sparse", "counts"),
+                    Side("anndata backed", prepare_backed_batches, arguments),
+                ],
+                settings.rounds,
+                check_same_values,
+                BATCH_NOTES,
             ),
-            settings.rounds,
-            check_rows_are_known,
-            PEER_NOTES,
-        ),
-        ROWS_PER_BATCH,
-    )
+            BATCHES * ROWS_PER_BATCH,
+        )
+        if settings.peers:
+            yield _with_rates(
+                compare(
+                    f"one batch of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
+                    settings.measurable(
+                        Side("ours, streamed", prepare_one_batch, arguments, calls=16),
+                        Side(
+                            "cell-load",
+                            prepare_cell_load,
+                            {**arguments, "consecutive": False},
+                            environment="arc",
+                        ),
+                        Side(
+                            "cell-load, consecutive",
+                            prepare_cell_load,
+                            {**arguments, "consecutive": True},
+                            calls=4,
+                            environment="arc",
+                        ),
+                        Side(
+                            "scDataset",
+                            prepare_scdataset,
+                            arguments,
+                            calls=8,
+                            environment="scdataset",
+                        ),
+                    ),
+                    settings.rounds,
+                    check_rows_are_known,
+                    PEER_NOTES,
+                ),
+                ROWS_PER_BATCH,
+            )
 
 
 def _compare_sets(settings: Settings, folder: str, *, cold: bool) -> Comparison:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,12 @@ PACKAGES = (
 
 
 class Finding(Protocol):
-    """What a benchmark returns: something to print, and something to keep."""
+    """What a benchmark yields: something to print, and something to keep."""
+
+    @property
+    def title(self) -> str:
+        """What was measured; a later finding of the same title replaces the earlier one."""
+        ...
 
     def table(self) -> str:
         """Format it for a terminal."""
@@ -32,26 +38,43 @@ class Finding(Protocol):
         ...
 
 
-def write_results(
-    path: Path, findings: Sequence[Finding], command: str, settings: dict[str, Any]
-) -> None:
-    """Write the findings of one benchmark with where they come from, atomically.
+@dataclass(frozen=True)
+class ResultFile:
+    """The result file of one benchmark, written anew with each finding."""
 
-    Raises
-    ------
-    StoreError
-        If the disk is full.
-    """
-    content = {
-        "command": command,
-        "settings": settings,
-        "commit": find_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "comparisons": [finding.describe() for finding in findings],
-    }
-    write_json_atomically(path, content)
+    path: Path
+    command: str
+    settings: Mapping[str, Any]
+    commit: str | None = field(default_factory=lambda: find_commit())
+    """That of the start: a long benchmark measures the code that was there then."""
+
+    def write(self, findings: Sequence[Finding], missing: str = "") -> None:
+        """Write the findings so far with where they come from, atomically.
+
+        Parameters
+        ----------
+        findings
+            What was measured.
+        missing
+            Why there is not more; empty when all is there.
+
+        Raises
+        ------
+        StoreError
+            If the disk is full.
+        """
+        content = {
+            "command": self.command,
+            "complete": not missing,
+            **({"missing": missing} if missing else {}),
+            "settings": dict(self.settings),
+            "commit": self.commit,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "hardware": describe_hardware(),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "comparisons": [finding.describe() for finding in findings],
+        }
+        write_json_atomically(self.path, content)
 
 
 def find_commit() -> str | None:

@@ -111,7 +111,7 @@ class ScalingTable:
 
 
 def run(settings: Settings) -> Iterator[ScalingTable]:
-    """Measure every size.
+    """Measure one size after the other; yield the table of all so far after each.
 
     Raises
     ------
@@ -121,11 +121,11 @@ def run(settings: Settings) -> Iterator[ScalingTable]:
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)
     costs: list[StageCost] = []
-    for num_cells in settings.atlas_cells:
-        costs += measure_atlas(folder, num_cells, settings.depth, settings.workers)
     tasks = "in one process" if settings.workers == "one" else "as Ray tasks"
     title = f"atlas of 18,080 genes at depth {settings.depth:g}, tasks {tasks}"
-    yield ScalingTable(title, tuple(costs))
+    for num_cells in settings.atlas_cells:
+        costs += measure_atlas(folder, num_cells, settings.depth, settings.workers)
+        yield ScalingTable(title, tuple(costs))
 
 
 def measure_atlas(folder: Path, num_cells: int, depth: float, workers: Workers) -> list[StageCost]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.harness import Comparison, Measurement, Side, compare, run_side
 from benchmarks.mmd import check_errors
 from benchmarks.preprocess import check_same_genes
-from benchmarks.record import write_results
+from benchmarks.record import ResultFile
 from tests.support.benchmark_tasks import burn, fail, hold_memory, sleep
 
 MIB = 2**20
@@ -87,7 +88,7 @@ def test_the_ratio_is_the_median_of_pairs_not_the_pair_of_medians(comparison):
 
 def test_a_result_file_says_where_it_comes_from(tmp_path, comparison):
     path = tmp_path / "results" / "made_up.json"
-    write_results(path, [comparison], "python -m benchmarks made_up", {"rounds": 3})
+    ResultFile(path, "python -m benchmarks made_up", {"rounds": 3}).write([comparison])
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["command"] == "python -m benchmarks made_up"
     assert content["settings"] == {"rounds": 3}
@@ -96,6 +97,7 @@ def test_a_result_file_says_where_it_comes_from(tmp_path, comparison):
     assert content["versions"]["numpy"] == np.__version__
     assert {"commit", "date"} <= content.keys()
     assert content["comparisons"] == [comparison.describe()]
+    assert content["complete"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_a_wrong_command_is_refused_before_anything_runs(arguments, message, cap
 def test_a_benchmark_without_a_comparison_fails_and_leaves_no_file(tmp_path, monkeypatch, capsys):
     def refuse(settings):
         raise BenchmarkError(f"refused after {settings.rounds} rounds")
+        yield
 
     monkeypatch.setitem(command.BENCHMARKS, "mmd", refuse)
     assert command.main(["mmd", "--rounds", "2", "--results", str(tmp_path)]) == 1
@@ -130,6 +133,43 @@ def test_a_benchmark_writes_and_prints_what_it_compared(tmp_path, monkeypatch, c
     content = json.loads((tmp_path / "mmd.json").read_text(encoding="utf-8"))
     assert content["command"] == f"python -m benchmarks mmd --results {tmp_path}"
     assert comparison.table() in capsys.readouterr().out
+
+
+def test_what_was_compared_before_an_error_is_kept(tmp_path, monkeypatch, capsys, comparison):
+    def refuse_later(settings):
+        yield comparison
+        raise BenchmarkError("the second does not agree")
+
+    monkeypatch.setitem(command.BENCHMARKS, "mmd", refuse_later)
+    assert command.main(["mmd", "--results", str(tmp_path)]) == 1
+    content = json.loads((tmp_path / "mmd.json").read_text(encoding="utf-8"))
+    assert content["comparisons"] == [comparison.describe()]
+    assert not content["complete"]
+    assert content["missing"] == "the second does not agree"
+    captured = capsys.readouterr()
+    assert comparison.table() in captured.out
+    assert "mmd: the second does not agree" in captured.err
+
+
+def test_each_comparison_is_written_before_the_next_begins(tmp_path, monkeypatch, comparison):
+    path = tmp_path / "mmd.json"
+    second = replace(comparison, title="another")
+    seen = []
+
+    def look(settings):
+        for finding in (comparison, second, replace(second, notes=("newer",))):
+            yield finding
+            seen.append(json.loads(path.read_text(encoding="utf-8")))
+
+    monkeypatch.setitem(command.BENCHMARKS, "mmd", look)
+    assert command.main(["mmd", "--results", str(tmp_path)]) == 0
+    assert [content["complete"] for content in seen] == [False] * 3
+    assert "still runs" in seen[0]["missing"]
+    titles = [[item["title"] for item in content["comparisons"]] for content in seen]
+    assert titles == [["made up"], ["made up", "another"], ["made up", "another"]]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["comparisons"][1]["notes"] == ["newer"]
+    assert content["complete"]
 
 
 def test_one_other_gene_is_refused():
@@ -161,26 +201,3 @@ def test_a_less_exact_loss_is_refused():
         check_errors({"ours": off_by(1.2e-5), "plain": off_by(1e-5)}, expected)
     with pytest.raises(BenchmarkError, match="does not compute this loss"):
         check_errors({"ours": off_by(0), "plain": off_by(0.5)}, expected)
-
-
-def test_what_was_measured_before_an_error_is_kept_apart(tmp_path, monkeypatch, capsys, comparison):
-    finished = tmp_path / "mmd.json"
-    finished.write_text("of an earlier day")
-
-    def fail_later(settings):
-        yield comparison
-        raise BenchmarkError("the second side disagrees")
-
-    monkeypatch.setitem(command.BENCHMARKS, "mmd", fail_later)
-    assert command.main(["mmd", "--results", str(tmp_path)]) == 1
-    captured = capsys.readouterr()
-    assert "made up" in captured.out
-    assert "the second side disagrees; the comparisons before it are in" in captured.err
-    partial = json.loads((tmp_path / "mmd.partial.json").read_text(encoding="utf-8"))
-    assert partial["comparisons"] == [comparison.describe()]
-    assert finished.read_text() == "of an earlier day"
-
-    monkeypatch.setitem(command.BENCHMARKS, "mmd", lambda settings: iter([comparison]))
-    assert command.main(["mmd", "--results", str(tmp_path)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["mmd.json"]
-    assert "comparisons" in json.loads(finished.read_text(encoding="utf-8"))
