@@ -115,7 +115,8 @@ def correlate_exactly(real: Path, pred: Path) -> ExactEnergy:
         distances.append(energy_P)
         noise = 4 * float(np.finfo(np.float32).eps) * within_control
         rounding += noise / float(energy_P.std())
-    return ExactEnergy(float(np.corrcoef(np.stack(distances))[0, 1]), rounding)
+    real_P, pred_P = distances
+    return ExactEnergy(float(np.corrcoef(real_P, pred_P)[0, 1]), rounding)
 
 
 def _measure_energy(path: Path) -> tuple[npt.NDArray[np.float64], float]:
