@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.child import peak_rss_bytes
+from benchmarks.child import peak_rss_bytes, rss_bytes
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import REPO_ROOT, Comparison, Measurement
 from benchmarks.settings import Settings
@@ -49,6 +49,7 @@ class WorkerTimes:
     gradient_bytes: int
     flops: float
     peak_rss_bytes: int
+    start_rss_bytes: int
 
 
 def run(settings: Settings) -> Iterator[Comparison]:
@@ -57,7 +58,11 @@ def run(settings: Settings) -> Iterator[Comparison]:
     measured = tuple(
         {
             f"{size} worker{'s' if size > 1 else ''}": Measurement(
-                times.cpu_s, times.step_s, times.cpu_s, times.peak_rss_bytes
+                cpu_s=times.cpu_s,
+                wall_s=times.step_s,
+                process_cpu_s=times.cpu_s,
+                peak_rss_bytes=times.peak_rss_bytes,
+                start_rss_bytes=times.start_rss_bytes,
             )
             for size, times in each.items()
         }
@@ -156,6 +161,7 @@ def work(rank: int, world_size: int, meeting_place: str, results: Any) -> None:
     engine.backward(batch)
     engine.step(1e-4)
     dist.barrier()
+    start_rss_bytes = rss_bytes()
     started_s, started_cpu_s = time.perf_counter(), time.process_time()
     for _ in range(STEPS):
         engine.backward(batch)
@@ -171,6 +177,7 @@ def work(rank: int, world_size: int, meeting_place: str, results: Any) -> None:
         gradient_bytes=gradient_bytes,
         flops=flops,
         peak_rss_bytes=peak_rss_bytes(),
+        start_rss_bytes=start_rss_bytes,
     )
     if rank == 0:
         results.put(answer)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import differential
 from benchmarks.differential import check_p_values
 from benchmarks.errors import BenchmarkError
 from benchmarks.harness import Comparison, Measurement, Side, compare, run_side
@@ -178,6 +179,23 @@ def test_one_other_gene_is_refused():
     other = np.roll(genes, 1)
     with pytest.raises(BenchmarkError, match="differ on 2 highly variable genes"):
         check_same_genes({"ours": {"highly_variable": genes}, "scanpy": {"highly_variable": other}})
+
+
+def test_the_sides_of_differential_agree_on_a_small_table(tmp_path, monkeypatch):
+    sizes = {"NUM_CELLS": 300, "NUM_GENES": 60, "NUM_PERTURBATIONS": 3}
+    for name, size in sizes.items():
+        monkeypatch.setattr(differential, name, size)
+    path = tmp_path / "cells.h5ad"
+    differential._simulate(path)
+    results = {}
+    for side, prepare in (
+        ("ours", differential.prepare_ours),
+        ("scanpy", differential.prepare_scanpy),
+    ):
+        task = prepare(str(path))
+        results[side] = task.collect(task.run())
+    assert results["ours"]["p_value"].shape == (3, 60)
+    check_p_values(results)
 
 
 @pytest.mark.parametrize("factor", [1 + 2e-6, 1 - 2e-6, np.nan])

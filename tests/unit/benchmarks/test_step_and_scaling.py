@@ -36,7 +36,7 @@ def test_ring_is_bounded_by_its_bandwidth_and_grows_with_nodes():
 
 
 def worker(step_s: float) -> WorkerTimes:
-    return WorkerTimes(step_s, step_s, 0.2, 4 * 10**7, 1e13, 1)
+    return WorkerTimes(step_s, step_s, 0.2, 4 * 10**7, 1e13, 2, 1)
 
 
 def test_nothing_is_predicted_from_a_model_that_did_not_foresee_two_workers():
