@@ -32,7 +32,7 @@ from launcher.cli_options import (
     parse_keep,
 )
 from launcher.cli_simulate import simulate
-from launcher.errors import Interrupted
+from launcher.errors import Interrupted, Preempted
 
 if TYPE_CHECKING:
     from launcher.pipeline import StageName
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TRY_AGAIN = 75
 
 
 class _Commands(typer.core.TyperGroup):
@@ -334,6 +335,9 @@ def main() -> NoReturn:
             raise
         _complain(f"error: {error.filename}: {error.strerror}. Check the path and its permissions")
         sys.exit(EXIT_USER_ERROR)
+    except Preempted as notice:
+        _complain(str(notice))
+        sys.exit(EXIT_TRY_AGAIN)
     except Interrupted:
         _complain("interrupted. Run the same command again to go on where it stopped")
         sys.exit(EXIT_INTERRUPTED)

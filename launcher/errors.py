@@ -9,5 +9,9 @@ class Interrupted(BaseException):
     """The user or the scheduler asked this process to stop."""
 
 
+class Preempted(Interrupted):
+    """Training saved a checkpoint and left, because it was about to be ended."""
+
+
 class LaunchError(UserError):
     """A run that cannot be started or continued as asked."""

@@ -22,8 +22,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from data_store.files import write_text_atomically
 from data_store.schema import UserError
 from data_store.shared_copies import SharedCopies
-from launcher.errors import Interrupted, LaunchError
+from launcher.errors import Interrupted, LaunchError, Preempted
 from launcher.faults import InjectedFaultError
+from launcher.preemption import hear_preemption
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
 from launcher.ray_nodes import RaySupply
@@ -111,16 +112,31 @@ def _explain(error: TrainingFailedError, folder: RunFolder, config: TrainingConf
 
 
 def train_here(task: TrainingTask, config: TrainingConfig, reporter: Reporter) -> None:
-    """Train in this process, alone, with the recipe's global batch."""
-    with show_training(RunFolder(task.run_dir), config, reporter), single_process_group(config):
+    """Train in this process, alone, with the recipe's global batch.
+
+    Raises
+    ------
+    Preempted
+        When SIGTERM or SIGUSR1 asked it to leave: a checkpoint was saved.
+    """
+    with (
+        hear_preemption() as is_stop_asked,
+        show_training(RunFolder(task.run_dir), config, reporter),
+        single_process_group(config),
+    ):
         device = torch.device("cuda", 0) if config.cluster.use_gpu else torch.device("cpu")
         try:
-            run_worker(task, device)
+            progress = run_worker(task, device, is_stop_asked)
         except InjectedFaultError as error:
             raise LaunchError(
                 f"{error}: the drill's own error. Nothing restarts a run with --local: run the "
                 "same command again, and it goes on from the last checkpoint"
             ) from None
+    if progress.step < config.train.max_steps:
+        raise Preempted(
+            f"asked to leave: saved a checkpoint at step {progress.step} of "
+            f"{config.train.max_steps}. Run the same command again to go on from there"
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import fcntl
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,8 +89,12 @@ class TrainTask:
         )
 
 
-def run_worker(task: TrainingTask, device: torch.device) -> Progress:
-    """Train this rank's share to the end, inside an initialised process group."""
+def run_worker(
+    task: TrainingTask,
+    device: torch.device,
+    is_stop_asked: Callable[[], bool] = lambda: False,
+) -> Progress:
+    """Train this rank's share, inside an initialised process group, to the end or until asked."""
     folder = RunFolder(task.run_dir)
     config = task.load_config()
     settings = config.train.model_copy(update=asdict(task.division))
@@ -135,6 +139,7 @@ def run_worker(task: TrainingTask, device: torch.device) -> Progress:
                     config.seed,
                     profiler,
                     flops,
+                    is_stop_asked,
                 )
         finally:
             engine.close()

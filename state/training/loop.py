@@ -55,8 +55,11 @@ def train(
     seed: int,
     profiler: StepProfiler,
     flops: StepFlops,
+    is_stop_asked: Callable[[], bool] = lambda: False,
 ) -> Progress:
     """Train to ``max_steps`` from the newest checkpoint, and return where training ended.
+
+    Once ``is_stop_asked`` is true on any rank, all save at the next record and return early.
 
     Raises
     ------
@@ -80,12 +83,13 @@ def train(
             progress = advance(progress, settings, engine.world_size)
             first_bad = note_non_finite(first_bad, losses, progress.step)
 
-            is_last = progress.step == settings.max_steps
+            is_last, is_leaving = progress.step == settings.max_steps, False
             if progress.step % settings.log_every_steps == 0 or is_last:
                 scalars = mean_over_ranks(engine, losses)
                 refuse_non_finite(engine, scalars["train/loss"], first_bad, progress.step)
                 scalars |= {"train/lr": lr, "train/grad_norm": engine.grad_norm}
                 monitor.record(progress.step, scalars | watch.read(engine.world_size))
+                is_leaving = any(engine.gather_objects(is_stop_asked()))
 
             is_new_best = False
             if progress.step % settings.val_every_steps == 0 or is_last:
@@ -95,7 +99,8 @@ def train(
                 is_new_best = progress.val_loss < best_val_loss
                 best_val_loss = min(best_val_loss, progress.val_loss)
 
-            if progress.step % settings.checkpoint_every_steps == 0 or is_new_best or is_last:
+            is_due = progress.step % settings.checkpoint_every_steps == 0
+            if is_due or is_new_best or is_last or is_leaving:
                 scalars = mean_over_ranks(engine, losses)
                 refuse_non_finite(engine, scalars["train/loss"], first_bad, progress.step)
                 started_s = time.perf_counter()
@@ -103,6 +108,8 @@ def train(
                     checkpoints.save(engine, progress)
                 seconds = time.perf_counter() - started_s
                 monitor.record(progress.step, {"time/checkpoint_s": seconds})
+            if is_leaving:
+                break
     return progress
 
 
