@@ -9,7 +9,8 @@ left behind. ``docs/kernels.md`` derives it.
 Registered as ``torch.ops.statewide.mmd2``, so it survives torch.compile and computes in float32
 under autocast. Runs on any device; written for the CPU.
 
-Shape legend: B cell sets, S predicted and T true cells in a set, G genes, Z = S + T + 1; in a
+Shape legend: B cell sets, S predicted and T true cells in a set, G genes, Z = S + T + 1 points (A
+has a column more); in a
 set, M and N real cells. Tested by ``pytest tests/unit/state/test_mmd.py``.
 """
 
@@ -85,7 +86,9 @@ def _mmd2(
 
     The gradient is ``gx_i = sum_j w_ij (x_i - z_j) = sum_j A_ij z_j`` over ``z = [x; y]``, where
     ``A = diag(sum_j w) - w`` and w is the kernel's slope times +-2 / (pairs). Centring x and y
-    apart moves y by their offset: the last row of z, and the last column of A.
+    apart moves y by their offset: the last row of z, and a column of A. The diagonal is kept
+    apart, in one more column: it is by far the largest weight, and where it was added within the
+    product, all that came after was rounded at its size.
     """
     num_sets, S, T = len(x_BSG), x_BSG.shape[1], y_BTG.shape[1]
     loss_B = x_BSG.new_empty(num_sets, dtype=torch.float32)
@@ -125,8 +128,8 @@ def _mmd2(
             loss_B[b] = sum_xx / (M * M) + sum_yy / (N * N) - 2 * sum_xy / (M * N)
             if needs_weights:
                 from_y_M = -w_xy.sum(1)
-                w_xx.diagonal().copy_(from_y_M - w_xx.sum(1))
                 a_BSZ[b, :M, M + N] = from_y_M
+                a_BSZ[b, :M, M + N + 1] = from_y_M - w_xx.sum(1)
     return loss_B, a_BSZ
 
 
@@ -147,7 +150,7 @@ def _(
 
 def _weights_shape(x_BSG: Tensor, y_BTG: Tensor, needs_weights: bool) -> tuple[int, int, int]:  # noqa: FBT001 - an op's argument
     B, S, T = x_BSG.shape[0], x_BSG.shape[1], y_BTG.shape[1]
-    return (B, S, S + T + 1) if needs_weights else (0, 0, 0)
+    return (B, S, S + T + 2) if needs_weights else (0, 0, 0)
 
 
 @torch.library.custom_op("statewide::mmd2_grad", mutates_args=())
@@ -168,10 +171,13 @@ def _mmd2_grad(
         for b in range(num_sets):
             M, N = _centre_into(z_ZG, x_BSG[b], x_rows[b], y_BTG[b], y_rows[b])
             a_MZ, points_ZG = a_BSZ[b, :M, : M + N + 1], z_ZG[: M + N + 1]
+            diagonal_M1 = a_BSZ[b, :M, M + N + 1 : M + N + 2]
             rows, grad = x_rows[b], grad_x_BSG[b]
             is_direct = rows is None and x_BSG.dtype == torch.float32
             grad_MG = grad if is_direct else grad.new_empty((M, grad.shape[1]), dtype=z_ZG.dtype)
-            torch.addmm(grad_MG, a_MZ, points_ZG, beta=0, alpha=factors[b], out=grad_MG)
+            torch.mul(diagonal_M1, points_ZG[:M], out=grad_MG)
+            factor = factors[b]
+            torch.addmm(grad_MG, a_MZ, points_ZG, beta=factor, alpha=factor, out=grad_MG)
             if rows is not None:
                 grad.zero_().index_copy_(0, rows, grad_MG.to(x_BSG.dtype))
             elif not is_direct:
