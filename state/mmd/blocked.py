@@ -10,8 +10,7 @@ Registered as ``torch.ops.statewide.mmd2``, so it survives torch.compile and com
 under autocast. Runs on any device; written for the CPU.
 
 Shape legend: B cell sets, S predicted and T true cells in a set, G genes, Z = S + T + 1 points (A
-has a column more); in a
-set, M and N real cells. Tested by ``pytest tests/unit/state/test_mmd.py``.
+has a column more); in a set, M and N real cells. Tested by ``pytest tests/unit/state/test_mmd.py``.
 """
 
 from typing import Any, NamedTuple
