@@ -40,12 +40,13 @@ BENCHMARKS: Mapping[str, Callable[[Settings], Iterator[Finding]]] = {
     "se": se.run,
     "scaling": scaling.run,
     "evaluate": evaluate.run,
+    "evaluate_large": evaluate.run_large,
     "evaluate_growth": evaluate_growth.run,
     "evaluate_atlas": evaluate_atlas.run,
     "arc_predictions": arc_predictions.run,
 }
 # Atlases take long and gigabytes of disk; the last compares values, not costs.
-ASKED_FOR = ("atlas", "evaluate_atlas", "arc_predictions")
+ASKED_FOR = ("atlas", "evaluate_large", "evaluate_atlas", "arc_predictions")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder=str(options.folder),
         workers=options.workers,
         peers=options.peers,
-        large=options.large,
     )
     command = f"python -m benchmarks {shlex.join(given)}".rstrip()
     status = 0
@@ -136,9 +136,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=Path,
         default=Path(tempfile.gettempdir()) / "statewide-atlas",
         help="where its files go; an atlas that is there (N_DEPTH.h5ad) is not simulated again",
-    )
-    parser.add_argument(
-        "--large", action="store_true", help="evaluate 30,000 cells x 18,080 genes, too"
     )
     parser.add_argument(
         "--without-peers",

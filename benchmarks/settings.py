@@ -30,8 +30,6 @@ class Settings:
     """Where ``atlas`` keeps its files while it runs."""
     workers: Workers
     """Whether ``atlas`` runs its tasks in one process or as Ray tasks."""
-    large: bool
-    """Whether ``evaluate`` also takes its largest table, which takes its peers an hour."""
 
     def measurable(self, *sides: Side) -> list[Side]:
         """Return the sides that may be measured."""
