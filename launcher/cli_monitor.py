@@ -38,6 +38,11 @@ def tensorboard(
             "folder above them"
         )
     one = len(shown) == 1
+    if not one and any(mark in str(path) for path in shown.values() for mark in ",:"):
+        raise LaunchError(
+            "TensorBoard takes no comma and no colon in the paths of several runs. Name the "
+            "folder above them"
+        )
     where = (
         ["--logdir", str(next(iter(shown.values())))]
         if one

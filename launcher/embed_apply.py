@@ -33,7 +33,7 @@ from data_store.files import (
     write_json_atomically,
 )
 from data_store.locate import describe_input, find_files
-from data_store.schema import InputPath, StoreError, TaskRunner, UserError
+from data_store.schema import InputPath, StoreError, TaskRunner
 from data_store.store import Store
 from launcher.embed_data import EmbedDataset, list_gene_names
 from launcher.embed_folder import EmbedFolder
@@ -194,11 +194,10 @@ def embed_file(
         ) as by_row:
             blocks = _cut_blocks(by_row, folder, config, checkpoint, match, settings, parts)
             found = list(run_tasks(embed_block, blocks, what="embedding", unit="cells"))
-    except TransientError:
-        raise
-    except UserError:
-        # What was refused once is refused again: no use keeping the parts before it.
-        shutil.rmtree(parts)
+    except StoreError as error:
+        # Input that was refused once is refused again: no use keeping the parts before it.
+        if not isinstance(error, TransientError):
+            shutil.rmtree(parts)
         raise
     scores = join_scores(found)
     with full_disk_is_a_user_error(out):

@@ -23,6 +23,7 @@ from data_store.tables import read_names
 from launcher.errors import LaunchError
 from launcher.predict_job import PROVENANCE, TRUTH
 from launcher.run_folder import RunFolder, open_run_folder
+from launcher.stages import identify_file
 from state.config import RunConfig
 from state.leaderboard import CEILING
 from state.training.monitor import read_metrics, sum_training_seconds
@@ -47,6 +48,17 @@ class BesideRun:
         """The cells it was to predict."""
         return self.folder.predictions / f"{TRUTH}.h5ad"
 
+    @property
+    def identity(self) -> object:
+        """What the leaderboard depends on: the row, the settings, and the files that are read."""
+        provenance = self.folder.predictions / PROVENANCE
+        files = (self.prediction, self.truth, provenance, self.folder.metrics)
+        return (
+            self.row,
+            self.config.data.model_dump(mode="json"),
+            [identify_file(path) for path in files],
+        )
+
 
 def find_beside(config: RunConfig) -> list[BesideRun]:
     """Find the runs of ``evaluate.beside`` and give each a row of its own.
@@ -62,7 +74,7 @@ def find_beside(config: RunConfig) -> list[BesideRun]:
     found: list[BesideRun] = []
     for path in config.evaluate.beside:
         where = f"evaluate.beside = {str(path)!r}"
-        if path == config.output_dir:
+        if path.resolve() == config.output_dir.resolve():
             raise LaunchError(f"{where} is this run itself; leave it out")
         folder, other = _open(path, where)
         row = other.model.row_name
@@ -134,7 +146,11 @@ def _explain_difference(
             return difference
     if not np.array_equal(there.labels, here.labels):
         return "the same cells have other perturbations"
-    return None if _have_same_values(there, here) else "the same cells have other values"
+    return (
+        None
+        if _have_same_values(there, here)
+        else "the same cells have other values, or are stored otherwise"
+    )
 
 
 def _explain_names(what: str, there: Sequence[str], here: Sequence[str]) -> str | None:
@@ -154,7 +170,7 @@ def _have_same_values(one: CellFile, two: CellFile) -> bool:
     columns = np.arange(len(one.genes))
     if one.matrix.nnz != two.matrix.nnz or one.matrix.layout != two.matrix.layout:
         return False
-    blocks = zip(one.iterate_columns(columns), two.iterate_columns(columns), strict=False)
+    blocks = zip(one.iterate_columns(columns), two.iterate_columns(columns), strict=True)
     return all(_are_equal(mine, other) for mine, other in blocks)
 
 

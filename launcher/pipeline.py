@@ -88,6 +88,9 @@ class Pipeline:
             For anything the user can mend; finished stages stay finished.
         """
         self._refuse_missing_inputs()
+        world_size = self.config.cluster.num_workers
+        alone = isinstance(self._cluster, ThisProcess)
+        refuse_impossible(self.config.faults, 1 if alone else world_size)
         deepspeed = read_deepspeed_json(self.config.train.deepspeed)
         if until == "evaluate":
             find_beside(self.config)
@@ -280,9 +283,7 @@ class Pipeline:
                 "predict",
                 self._run_fingerprint,
                 sha256_of_file(self.checkpoint.folder / "manifest.json"),
-                evaluate.model_dump(
-                    mode="json", exclude={"checkpoint", "folds", "seeds", "beside"}
-                ),
+                evaluate.model_dump(mode="json", exclude=_NOT_IN_THE_PREDICTIONS),
                 version("statewide"),
             ),
             outputs=[
@@ -296,13 +297,14 @@ class Pipeline:
 
     def _evaluate_stage(self) -> Stage:
         predicted = sorted(self.folder.predictions.glob("*.h5ad"))
-        predicted += [run.prediction for run in find_beside(self.config)]
+        beside = find_beside(self.config)
         return Stage(
             name="evaluate",
             fingerprint=fingerprint(
                 "evaluate",
                 self.config.evaluate.fdr,
                 [identify_file(path) for path in predicted],
+                [run.identity for run in beside],
                 version("statewide"),
             ),
             outputs=[
@@ -318,7 +320,6 @@ class Pipeline:
         config, cluster = self.config, self._cluster
         cluster.require(config)
         alone = isinstance(cluster, ThisProcess)
-        refuse_impossible(config.faults, 1 if alone else config.cluster.num_workers)
         task = TrainTask(
             run_dir=self.folder.path,
             store=self.store.path,

@@ -139,6 +139,7 @@ def _inputs_of(config: TrainingConfig) -> tuple[Path, ...]:
         None if made_here else config.features.path,
         None if made_here or isinstance(data_input, str) else data_input,
         None if isinstance(embed_file, str) else embed_file,
+        *config.evaluate.beside,
     ]
     # A glob is no path; the files it stands for are found by the driver.
     return tuple(path for path in candidates if path is not None and path.exists())

@@ -6,6 +6,7 @@ without a word and without an end. Tests: ``pytest tests/unit/launcher/test_room
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -19,6 +20,8 @@ from launcher.preflight import describe_demand, describe_nodes, workers_that_fit
 from state.config_cluster import ClusterConfig
 
 SECONDS_BETWEEN_LOOKS = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 class RoomWatch:
@@ -111,35 +114,44 @@ def watching(
     list_nodes
         Returns the resources of each living node.
     give_up
-        Called when the watch has waited too long; must make the block end, with any error.
+        Called when the watch has waited too long; must end the block with ``KeyboardInterrupt``.
     between_s
         Seconds between looks.
 
     Raises
     ------
     LaunchError
-        The watch's, in place of the error that the block ended with.
+        The watch's, in place of the interrupt that it ended the block with.
     """
-    finished = threading.Event()
+    finished, ending = threading.Event(), threading.Lock()
     found: list[LaunchError] = []
 
     def follow() -> None:
         while not finished.wait(between_s):
             try:
-                watch.look(list_nodes(), time.monotonic())
+                nodes = list_nodes()
+            except Exception as error:  # noqa: BLE001 - Ray's errors of a lost head are many
+                logger.warning("the nodes of the cluster cannot be listed: %r", error)
+                continue
+            try:
+                watch.look(nodes, time.monotonic())
             except LaunchError as error:
-                found.append(error)
-                give_up()
+                with ending:
+                    if not finished.is_set():
+                        found.append(error)
+                        give_up()
                 return
 
     thread = threading.Thread(target=follow, name="room-watch", daemon=True)
     thread.start()
     try:
         yield
-    except BaseException:
+    except KeyboardInterrupt:
         if found:
             raise found[0] from None
         raise
     finally:
-        finished.set()
+        # From here on nobody interrupts.
+        with ending:
+            finished.set()
         thread.join()

@@ -19,7 +19,6 @@ from torch.utils.tensorboard import SummaryWriter
 from data_store.files import folder_made_whole
 from launcher.effects import Effects
 
-_SIGNIFICANT_FDR: Final = 0.05
 _MAX_CURVES: Final = 12
 _MAX_COMPONENTS: Final = 50
 _SCORES: Final = ("des", "pds", "mae", "overall")
@@ -35,6 +34,7 @@ def write_run_board(
     leaderboard_text: str,
     effects: Effects,
     model: str,
+    fdr: float,
 ) -> None:
     """Replace a folder of TensorBoard events.
 
@@ -54,6 +54,8 @@ def write_run_board(
         True effects and those that ``model`` predicts.
     model
         Whose scores go with the hyper-parameters.
+    fdr
+        Below it a gene is truly significant.
     """
     row = leaderboard.set_index("model").loc[model]
     scores = {f"score/{name}": float(row[name]) for name in _SCORES}
@@ -61,7 +63,7 @@ def write_run_board(
         writer.add_text("recipe", _as_code(recipe))
         writer.add_text("leaderboard", leaderboard_text)
         writer.add_hparams(flatten_settings(settings), scores, run_name=".")
-        for tag, (is_real, scores_n) in rank_de_genes(effects).items():
+        for tag, (is_real, scores_n) in rank_de_genes(effects, fdr).items():
             writer.add_pr_curve(f"de_genes/{tag}", is_real, scores_n)
         points, labels = project_effects(effects)
         header = ["perturbation", "effect"]
@@ -80,20 +82,24 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, float | str | boo
 
 
 def rank_de_genes(
-    effects: Effects,
+    effects: Effects, fdr: float
 ) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]]:
     """Return which genes are truly significant and how high the prediction ranks them.
 
     For all perturbations together, and for those with the most significant genes by name. A score
     is the share of genes of the perturbation that are predicted less significant, or as
-    significant with a smaller fold change: a threshold of 0.9 takes the first tenth.
+    significant with a smaller fold change: a threshold of 0.9 takes the first tenth. Genes that
+    the prediction does not tell apart share one score.
     """
-    is_real_PG = effects.real_fdr < _SIGNIFICANT_FDR
+    is_real_PG = effects.real_fdr < fdr
     size_PG = np.nan_to_num(np.abs(effects.pred_log2_fold_change), posinf=np.finfo(float).max)
     score_PG = np.empty(is_real_PG.shape)
     for fdr_G, size_G, score_G in zip(effects.pred_fdr, size_PG, score_PG, strict=True):
         order = np.lexsort((size_G, -fdr_G))
-        score_G[order] = np.arange(len(order)) / len(order)
+        keys_G = np.stack([fdr_G, size_G])[:, order]
+        is_new = np.append(True, (keys_G[:, 1:] != keys_G[:, :-1]).any(axis=0))
+        first = np.flatnonzero(is_new)
+        score_G[order] = first[np.cumsum(is_new) - 1] / len(order)
     curves = {}
     if is_real_PG.any():
         curves["all perturbations"] = (is_real_PG.ravel(), score_PG.ravel())

@@ -90,6 +90,7 @@ def write_run_report(
         (folder.evaluation / "leaderboard.md").read_text(encoding="utf-8"),
         read_effects(folder.evaluation),
         config.model.row_name,
+        config.evaluate.fdr,
     )
     provenance = collect_provenance(config, folder, sub_runs)
     write_text_atomically(folder.report, _build_html(config, folder, pictures, provenance))

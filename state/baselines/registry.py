@@ -13,7 +13,7 @@ from state.baselines.no_change import NoChangeBaseline
 from state.baselines.perturbation_mean import PerturbationMeanBaseline
 from state.baselines.random_forest import RandomForestBaseline
 from state.baselines.ridge import RidgeBaseline
-from state.config import EvaluateConfig
+from state.config_evaluate import EvaluateConfig
 
 _BUILDERS: Final[dict[str, Callable[[EvaluateConfig], Baseline]]] = {
     "cell_mean": lambda config: CellMeanBaseline(),

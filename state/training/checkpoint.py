@@ -232,7 +232,9 @@ class CheckpointFolder:
                 ", ".join(damaged),
                 aside.name,
             )
-            shutil.rmtree(aside, ignore_errors=True)
+            # One of them to look at; a failing disk would fill up with them.
+            for older in self.folder.glob(f"*{DAMAGED_SUFFIX}"):
+                shutil.rmtree(older, ignore_errors=True)
             checkpoint.folder.rename(aside)
         return None
 

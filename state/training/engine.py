@@ -12,11 +12,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -219,18 +219,16 @@ class Engine:
         RuntimeError
             With what the conversion said, when it failed.
         """
-        with TemporaryFile("w+") as said:
-            process = _start_conversion(source, target, said) if self.rank == 0 else None
-            exit_code, text = None, ""
-            while exit_code is None:
-                if process is not None:
-                    with suppress(subprocess.TimeoutExpired):
-                        exit_code = process.wait(_SECONDS_BETWEEN_LOOKS)
-                        said.seek(0)
-                        text = said.read()
-                exit_code, text = self.broadcast_object((exit_code, text))
-        if exit_code:
-            raise RuntimeError(f"{source} cannot be converted for other ranks:\n{text}")
+        conversion = _Conversion(source, target) if self.rank == 0 else None
+        try:
+            failure = None
+            while failure is None:
+                failure = self.broadcast_object(conversion.wait() if conversion else None)
+        finally:
+            if conversion is not None:
+                conversion.end()
+        if failure:
+            raise RuntimeError(f"{source} cannot be converted for other ranks:\n{failure}")
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return all weights in fp32 on the CPU, whatever the ZeRO stage (collective)."""
@@ -292,14 +290,45 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _start_conversion(source: Path, target: Path, said: IO[str]) -> subprocess.Popen[str]:
-    """Start the conversion in a process of its own, as DeepSpeed means it."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-    # It joins no process group, and must not think that it is a rank of this one.
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    inherited = {name: value for name, value in os.environ.items() if name not in ranks}
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=said, text=True, env=inherited
-    )
+class _Conversion:
+    """Rewrites a ZeRO checkpoint in a process of its own, as DeepSpeed means it."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--input_folder", str(source), "--output_folder", str(target)]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        self._command = [*command, "--inject_missing_state"]
+        self._process: subprocess.Popen[str] | None = None
+        self._said = TemporaryFile("w+")
+
+    def wait(self) -> str | None:
+        """Wait a second; return why it failed, "" when it is done, None while it goes on."""
+        try:
+            if self._process is None:
+                self._process = self._start()
+            code = self._process.wait(_SECONDS_BETWEEN_LOOKS)
+        except subprocess.TimeoutExpired:
+            return None
+        except OSError as error:
+            return str(error)
+        self._said.seek(0)
+        return "" if code == 0 else self._said.read() or f"exit code {code}"
+
+    def end(self) -> None:
+        """End what still runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()
+
+    def _start(self) -> subprocess.Popen[str]:
+        # It joins no process group, and must not think that it is a rank of this one.
+        ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+        inherited = {name: value for name, value in os.environ.items() if name not in ranks}
+        return subprocess.Popen(
+            self._command,
+            stdout=subprocess.DEVNULL,
+            stderr=self._said,
+            text=True,
+            env=inherited,
+        )

@@ -209,11 +209,11 @@ def test_only_validated_checkpoints_are_among_the_best(tmp_path: Path):
 def resize_in_vain(folder: Path):
     from state.training import engine as module
 
-    def fail(source, target, said):
+    def fail(self):
         code = "import sys, time; time.sleep(3); sys.exit('no room')"
-        return subprocess.Popen([sys.executable, "-c", code], stderr=said, text=True)
+        return subprocess.Popen([sys.executable, "-c", code], stderr=self._said, text=True)
 
-    module._start_conversion = fail
+    module._Conversion._start = fail
     with pytest.raises(RuntimeError, match="cannot be converted for other ranks:\nno room"):
         CheckpointFolder(folder, "fingerprint").restore(make_engine(1, 4))
     return sorted(path.name for path in folder.iterdir())

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from launcher.errors import Interrupted, LaunchError
+from launcher.errors import LaunchError
 from launcher.room_watch import RoomWatch, interruptible, watching
 from state.config_cluster import ClusterConfig
 
@@ -56,7 +56,7 @@ def test_the_block_ends_with_the_reason_of_the_watch():
 
     def train() -> None:
         assert ended.wait(10)
-        raise Interrupted
+        raise KeyboardInterrupt
 
     with (
         pytest.raises(LaunchError, match="0 s were waited"),
@@ -74,6 +74,38 @@ def test_a_block_that_waits_is_interrupted_and_the_signal_handler_put_back():
     ):
         threading.Event().wait(30)
     assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_nodes_that_cannot_be_listed_are_looked_at_again():
+    answers = iter([RuntimeError("no head"), []])
+    ended = threading.Event()
+
+    def list_nodes() -> list:
+        answer = next(answers, [])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def train() -> None:
+        assert ended.wait(10)
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(LaunchError, match="0 s were waited"),
+        watching(make_watch([], wait_s=0), list_nodes, ended.set, between_s=0.01),
+    ):
+        train()
+
+
+def test_a_block_that_ends_is_not_interrupted_afterwards():
+    interrupts: list[str] = []
+
+    def give_up() -> None:
+        interrupts.append("late")
+
+    with watching(make_watch([], wait_s=0), lambda: [NODE], give_up, between_s=60):
+        pass
+    assert interrupts == []
 
 
 def test_an_error_of_the_block_is_its_own():

@@ -1,5 +1,6 @@
 """What TensorBoard gets of a finished run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def draw_effects(seed: int = 0) -> Effects:
 
 def test_curves_rank_genes_by_significance_then_fold_change():
     effects = draw_effects()
-    curves = rank_de_genes(effects)
+    curves = rank_de_genes(effects, 0.05)
     assert len(curves) == 13
     assert "P14" not in curves, "a perturbation without a significant gene has no curve"
     is_real, score = curves["P3"]
@@ -53,6 +54,18 @@ def test_curves_rank_genes_by_significance_then_fold_change():
     # The prediction of P0 ties in every gene: the larger fold change is first.
     _, tied = curves["P0"]
     assert np.argmax(tied) == 0
+
+
+def test_a_prediction_without_any_effect_ranks_no_gene_above_another():
+    effects = draw_effects()
+    flat = replace(
+        effects,
+        pred_fdr=np.ones_like(effects.pred_fdr),
+        pred_log2_fold_change=np.zeros_like(effects.pred_fdr),
+    )
+    for _, score in rank_de_genes(flat, 0.05).values():
+        assert set(score) == {0.0}
+    assert rank_de_genes(flat, 1e-9) == {}
 
 
 def test_points_keep_the_distances_of_effects():
@@ -81,7 +94,7 @@ def test_every_kind_of_data_is_there_and_a_second_writing_replaces_the_first(tmp
     )
     folder = tmp_path / "tb" / "run"
     for seed in (0, 1):
-        arguments = (SETTINGS, leaderboard, "| model |", draw_effects(seed), "state")
+        arguments = (SETTINGS, leaderboard, "| model |", draw_effects(seed), "state", 0.05)
         write_run_board(folder, "seed = 7", *arguments)
     events = EventAccumulator(str(folder)).Reload()
     tags = events.Tags()

@@ -7,7 +7,7 @@ from state.baselines.cell_mean import CellMeanBaseline, ControlMeanBaseline
 from state.baselines.no_change import NoChangeBaseline
 from state.baselines.registry import build_baseline
 from state.baselines.ridge import RidgeBaseline
-from state.config import EvaluateConfig
+from state.config_evaluate import EvaluateConfig
 from state.metrics.errors import EvaluationError
 from tests.unit.state.baselines.support import control_cells, profiles
 
