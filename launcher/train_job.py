@@ -186,7 +186,9 @@ def show_training(folder: RunFolder, config: TrainingConfig, reporter: Reporter)
                 records = read_metrics(folder.metrics)
                 if records:
                     step = int(records[-1]["step"])
-                    if is_first and step < config.train.max_steps and not stopping:
+                    # A run that goes on first drops what was recorded after its checkpoint.
+                    begins = is_first or step < tracker.done
+                    if begins and step < config.train.max_steps and not stopping:
                         tracker.begin_at(step)
                     tracker.update(step, _describe(records))
                 is_first = False
