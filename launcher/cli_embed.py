@@ -1,4 +1,4 @@
-"""The commands ``statewide embed train|apply``: pretrain SE, and embed cells with it."""
+"""The commands ``statewide embed train|apply|query``: pretrain SE, embed cells, look up others."""
 
 from __future__ import annotations
 
@@ -118,3 +118,52 @@ def apply(
     typer.echo(matched)
     typer.echo(describe_scores(scores))
     typer.echo(str(out))
+
+
+@app.command()
+def query(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="REFERENCE",
+            help="Embedded cells to find: h5ad or .zarr, or a folder or quoted glob of several.",
+        ),
+    ],
+    query_path: Annotated[
+        str, typer.Argument(metavar="QUERY", help="Embedded cells to find neighbours of.")
+    ],
+    out: Annotated[Path, typer.Option(help="Table to write, .csv or .parquet.")],
+    neighbours: Annotated[int, typer.Option(min=1, help="Neighbours of each cell.")] = 15,
+    key: Annotated[str, typer.Option(help="obsm key with the embeddings.")] = "X_state",
+    label: Annotated[
+        str | None,
+        typer.Option(help="obs column: the neighbours' labels, and the majority in OUT_labels."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="exact or approximate; default: exact up to 200,000 cells."),
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="File to keep the index in, and to find it in the next time."),
+    ] = None,
+) -> None:
+    """Find the nearest reference cells of query cells, by the cosine of their embeddings.
+
+    Example: statewide embed query atlas_state.h5ad new_state.h5ad --label cell_type --out near.csv
+    """
+    from launcher.embed_query import QuerySettings, query_cells
+    from launcher.errors import LaunchError
+    from launcher.progress import Reporter
+    from state.config import DataConfig
+    from state.embedding.neighbours import METHODS
+
+    wanted = next((name for name in METHODS if name == method), None)
+    if method is not None and wanted is None:
+        raise LaunchError(f"--method {method!r} must be one of {', '.join(METHODS)}")
+    settings = QuerySettings(out.absolute(), neighbours, key, label, index, wanted)
+    atlas, cells = (DataConfig(input=path).input for path in (reference, query_path))
+    query_cells(atlas, cells, settings, Reporter())
+    typer.echo(str(settings.out))
+    if label is not None:
+        typer.echo(str(settings.votes))

@@ -41,7 +41,7 @@ from launcher.embed_model import load_embedder
 from launcher.errors import LaunchError
 from launcher.stages import fingerprint
 from state.embed_config import EmbedConfig
-from state.embedding.scores import DetectionScores, score_detection
+from state.embedding.scores import DetectionAnswers, DetectionScores, score_detection
 from state.embedding.sequence import CountsOfCells
 from state.embedding.vocabulary import (
     GeneMatch,
@@ -53,7 +53,9 @@ from state.training.checkpoint import Checkpoint
 
 OBSM_KEY = "X_state"
 MAX_SCORED_CELLS = 256
-GENES_PER_SCORED_CELL = 1000
+NUM_SCORED_GENES = 1000
+# Of the files that blocks leave; others are made anew.
+_PARTS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class EmbedBlock:
     match: GeneMatch
     scored: npt.NDArray[np.int64]
     """Which of the rows to score the decoder on."""
-    seed: int
-    """By which genes to score are drawn."""
+    asked_K: npt.NDArray[np.int32]
+    """Tokens to decode for each of them, the same in all blocks of an input."""
     batch_size: int
     part: Path | None = None
     """Where to leave the embeddings; None: they are only for scoring."""
@@ -84,16 +86,7 @@ class EmbedBlock:
         return len(self.rows)
 
 
-@dataclass(frozen=True)
-class BlockScores:
-    """What the scored cells of a block were asked, and what is true."""
-
-    decoded_SK: npt.NDArray[np.float32]
-    frequency_SK: npt.NDArray[np.float32]
-    is_expressed_SK: npt.NDArray[np.bool_]
-
-
-def embed_block(block: EmbedBlock) -> BlockScores:
+def embed_block(block: EmbedBlock) -> DetectionAnswers:
     """Embed the cells of a block, leave its part, and return what scores are made of.
 
     Raises
@@ -106,7 +99,7 @@ def embed_block(block: EmbedBlock) -> BlockScores:
     scores = None if block.part is None else block.part.with_suffix(".scores.npz")
     if block.part is not None and scores is not None and block.part.exists() and scores.exists():
         with np.load(scores) as saved:
-            return BlockScores(**saved)
+            return DetectionAnswers(**saved)
     if block.num_gpus and not torch.cuda.is_available():
         raise LaunchError(
             "cluster.use_gpu = true, but torch finds no CUDA GPU on this node. To compute on "
@@ -121,16 +114,14 @@ def embed_block(block: EmbedBlock) -> BlockScores:
             "reads raw counts. Name the layer that has them: --layer counts"
         )
     cells = CountsOfCells(values.indptr, values.indices, values.data)
-    pool = block.match.token_G[block.match.token_G >= 0]
-    size = min(GENES_PER_SCORED_CELL, len(pool))
-    drawn_SK = np.empty((len(block.scored), size), dtype=np.int32)
-    for number, cell in enumerate(block.scored):
-        rng = np.random.default_rng([block.seed, int(block.rows[cell])])
-        drawn_SK[number] = rng.choice(pool, size, replace=False)
     embedded = embedder.embed(
-        cells, block.match, batch_size=block.batch_size, scored=block.scored, drawn_SK=drawn_SK
+        cells,
+        block.match,
+        batch_size=block.batch_size,
+        scored=block.scored,
+        asked_K=block.asked_K,
     )
-    found = BlockScores(embedded.decoded_SK, embedded.frequency_SK, embedded.is_expressed_SK)
+    found = embedded.answers
     if block.part is not None and scores is not None:
         with file_made_whole(scores) as temporary, temporary.open("wb") as handle:
             np.savez(handle, **vars(found))
@@ -186,6 +177,7 @@ def embed_file(
         sha256_of_file(checkpoint.weights_path),
         match.column,
         settings.rows_per_block,
+        _PARTS_VERSION,
     )
     _prepare_parts(parts, identity)
     try:
@@ -243,6 +235,7 @@ def _cut_blocks(
     size = min(MAX_SCORED_CELLS, len(rows))
     is_scored[np.random.default_rng(config.seed).choice(len(rows), size, replace=False)] = True
     digest, blocks = sha256_of_file(checkpoint.weights_path), []
+    asked_K = draw_asked_genes(match, config.seed)
     for number, block in enumerate(cut_rows(rows, settings.rows_per_block)):
         first = number * settings.rows_per_block
         blocks.append(
@@ -254,7 +247,7 @@ def _cut_blocks(
                 rows=block.rows,
                 match=match,
                 scored=np.flatnonzero(is_scored[first : first + len(block.rows)]),
-                seed=config.seed,
+                asked_K=asked_K,
                 batch_size=settings.batch_size,
                 part=parts / f"{number:08d}.npy",
                 num_cpus=config.cluster.cpus_per_worker,
@@ -264,13 +257,27 @@ def _cut_blocks(
     return blocks
 
 
-def join_scores(found: Sequence[BlockScores]) -> DetectionScores:
+def draw_asked_genes(match: GeneMatch, seed: int) -> npt.NDArray[np.int32]:
+    """Draw the tokens that all scored cells of an input are asked for, the same ones each time.
+
+    All cells share them, so that a gene can be scored over cells too. What is kept is at most
+    ``MAX_SCORED_CELLS`` x ``NUM_SCORED_GENES`` numbers (1 MB), whatever the input's size.
+    """
+    known = np.sort(match.token_G[match.token_G >= 0])
+    size = min(NUM_SCORED_GENES, len(known))
+    drawn_K: npt.NDArray[np.int32] = np.random.default_rng(seed).choice(known, size, replace=False)
+    return drawn_K
+
+
+def join_scores(found: Sequence[DetectionAnswers]) -> DetectionScores:
     """Score all cells of several blocks together."""
-    decoded, frequency, expressed = (
-        np.concatenate([getattr(block, name) for block in found])
-        for name in ("decoded_SK", "frequency_SK", "is_expressed_SK")
+    answers = DetectionAnswers(
+        decoded_SK=np.concatenate([block.decoded_SK for block in found]),
+        is_expressed_SK=np.concatenate([block.is_expressed_SK for block in found]),
+        level_S=np.concatenate([block.level_S for block in found]),
+        frequency_K=found[0].frequency_K,
     )
-    return score_detection(decoded, frequency, expressed)
+    return score_detection(answers)
 
 
 def score_held_out(
@@ -295,7 +302,7 @@ def score_held_out(
                 rows=rows,
                 match=dataset.match,
                 scored=np.arange(size),
-                seed=config.seed,
+                asked_K=draw_asked_genes(dataset.match, config.seed),
                 batch_size=config.train.micro_batch_size,
                 num_cpus=config.cluster.cpus_per_worker,
                 num_gpus=int(config.cluster.use_gpu),

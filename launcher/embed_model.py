@@ -1,6 +1,7 @@
 """A trained SE and what it does with cells: embed them, and tell which genes they express.
 
-Shape legend: B cells, K genes drawn, V genes of the vocabulary, L genes in a sequence.
+Shape legend: B cells, S of them scored, K genes that these are asked for, V genes of the
+vocabulary, L genes in a sequence.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from state.config import ConfigError
 from state.embed_config import EmbedConfig
 from state.embedding.batch import mask_tokens
 from state.embedding.model import CellEmbedding, StateEmbedding
+from state.embedding.scores import DetectionAnswers
 from state.embedding.sequence import CellReader, CountsOfCells, Sequences
 from state.embedding.vocabulary import GeneMatch, GeneVocabulary, load_saved_vocabulary
 from state.recipe import load_resolved_embed_config
@@ -28,16 +30,12 @@ _OBJECTIVE_PREFIX = "model."
 
 @dataclass(frozen=True)
 class Embedded:
-    """Cells embedded, and what is known of the genes that were drawn for some of them."""
+    """Cells embedded, and what some of them were asked."""
 
     values_BX: npt.NDArray[np.float32]
     """[B, O + R] embeddings."""
-    decoded_SK: npt.NDArray[np.float32]
-    """Decoded log counts of the drawn genes of the scored cells."""
-    frequency_SK: npt.NDArray[np.float32]
-    """Share of training cells that express each."""
-    is_expressed_SK: npt.NDArray[np.bool_]
-    """Whether the cell does."""
+    answers: DetectionAnswers
+    """Of the scored cells."""
 
 
 class Embedder:
@@ -87,7 +85,7 @@ class Embedder:
         *,
         batch_size: int,
         scored: npt.NDArray[np.int64],
-        drawn_SK: npt.NDArray[np.int32],
+        asked_K: npt.NDArray[np.int32],
     ) -> Embedded:
         """Embed cells of one dataset, those of similar length together.
 
@@ -101,7 +99,7 @@ class Embedder:
             Cells that go through the model at once.
         scored
             [S] numbers of the cells to decode genes of.
-        drawn_SK
+        asked_K
             Tokens of these genes.
         """
         reader = build_reader(match, self._tie_rank_V, self.config)
@@ -115,9 +113,14 @@ class Embedder:
             for start in range(0, len(by_length), batch_size):
                 places = by_length[start : start + batch_size]
                 values_BX[places] = self._embed_batch(sequences, places).joined().cpu().numpy()
-            decoded_SK = self._decode(values_BX[scored], sequences.depth_B[scored], drawn_SK)
-        is_expressed_SK = _look_up_expressed(cells, reader, scored, drawn_SK)
-        return Embedded(values_BX, decoded_SK, self.frequency_V[drawn_SK], is_expressed_SK)
+            decoded_SK = self._decode(values_BX[scored], sequences.depth_B[scored], asked_K)
+        answers = DetectionAnswers(
+            decoded_SK,
+            _look_up_expressed(cells, reader, scored, asked_K),
+            average_logs(cells, reader, scored),
+            self.frequency_V[asked_K],
+        )
+        return Embedded(values_BX, answers)
 
     def _embed_batch(self, sequences: Sequences, places: npt.NDArray[np.int64]) -> CellEmbedding:
         length_B = sequences.length_B[places]
@@ -132,17 +135,16 @@ class Embedder:
         self,
         values_SX: npt.NDArray[np.float32],
         depth_S: npt.NDArray[np.float32],
-        drawn_SK: npt.NDArray[np.int32],
+        asked_K: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
-        decoded = np.empty(drawn_SK.shape, dtype=np.float32)
+        decoded = np.empty((len(values_SX), len(asked_K)), dtype=np.float32)
+        asked = torch.from_numpy(asked_K[None]).to(self._device)
         width = self.config.model.output_dim
-        for row in range(len(drawn_SK)):
+        for row in range(len(values_SX)):
             one = slice(row, row + 1)
             values = torch.from_numpy(values_SX[one]).to(self._device)
             cell = CellEmbedding(values[:, :width], values[:, width:], None)
-            asked, depth = (
-                torch.from_numpy(array[one]).to(self._device) for array in (drawn_SK, depth_S)
-            )
+            depth = torch.from_numpy(depth_S[one]).to(self._device)
             decoded[one] = self._model.decode(self._genes_VD, asked, cell, depth).cpu().numpy()
         return decoded
 
@@ -151,14 +153,27 @@ def _look_up_expressed(
     cells: CountsOfCells,
     reader: CellReader,
     scored: npt.NDArray[np.int64],
-    drawn_SK: npt.NDArray[np.int32],
+    asked_K: npt.NDArray[np.int32],
 ) -> npt.NDArray[np.bool_]:
-    is_expressed_SK = np.zeros(drawn_SK.shape, dtype=np.bool_)
+    is_expressed_SK = np.zeros((len(scored), len(asked_K)), dtype=np.bool_)
     for row, cell in enumerate(scored):
         span = slice(cells.indptr[cell], cells.indptr[cell + 1])
         expressed = reader.token_G[cells.indices[span][cells.counts[span] > 0]]
-        is_expressed_SK[row] = np.isin(drawn_SK[row], expressed)
+        is_expressed_SK[row] = np.isin(asked_K, expressed)
     return is_expressed_SK
+
+
+def average_logs(
+    cells: CountsOfCells, reader: CellReader, scored: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Return the mean log1p count of each scored cell over the genes that have a token."""
+    is_known_G = reader.token_G >= 0
+    level_S = np.empty(len(scored), dtype=np.float32)
+    for row, cell in enumerate(scored):
+        span = slice(cells.indptr[cell], cells.indptr[cell + 1])
+        counts = cells.counts[span][is_known_G[cells.indices[span]]]
+        level_S[row] = np.log1p(counts.astype(np.float64)).sum() / is_known_G.sum()
+    return level_S
 
 
 @lru_cache(maxsize=1)

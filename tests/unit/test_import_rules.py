@@ -23,6 +23,7 @@ ONLY_IN = {
     "ray": ("launcher",),
     "deepspeed": ("state.training.engine",),
     "triton": ("state.mmd.fused_kernels", "state.mmd.fused_centre"),
+    "faiss": ("state.embedding.neighbours",),
     "geomloss": ("state.mmd.sinkhorn",),
     "anndata": ("data_store",),
     "scanpy": ("data_store",),
