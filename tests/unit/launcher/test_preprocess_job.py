@@ -128,7 +128,7 @@ def test_a_missing_file_of_the_embedding_is_named_and_a_present_one_is_never_del
         config = RunConfig(name="r", output_dir=folder, data=data, model=model)
         return Pipeline(config, ThisProcess(reporter), reporter)
 
-    absent = pipeline_of(tmp_path / "embeded.h5ad").missing_inputs()
+    absent = pipeline_of(tmp_path / "embedded2.h5ad").missing_inputs()
     assert "data.embed_file" in absent[0]
     assert "did you mean 'embedded.h5ad'" in absent[0]
     assert "embed_file" not in " ".join(pipeline_of(embedded).missing_inputs())
