@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -22,7 +21,6 @@ from zarr.storage import LocalStore
 
 from data_store.cell_sets import Matching
 from data_store.containers import open_anndata
-from data_store.files import file_made_whole, full_disk_is_a_user_error
 from data_store.hints import nearest, some
 from data_store.normalize import MAX_LOG1P
 from data_store.obs_labels import read_labels
@@ -152,71 +150,6 @@ def _find_genes(names: tuple[str, ...], genes: Sequence[str], path: Path) -> npt
             f"{nearest(missing[0], names)}"
         )
     return np.array([position[gene] for gene in genes], dtype=np.int64)
-
-
-def write_predictions(
-    path: Path, values: ExpressionValues, genes: Sequence[str], obs: pd.DataFrame
-) -> None:
-    """Write an h5ad with predicted log1p expression, atomically.
-
-    Parameters
-    ----------
-    path
-        The h5ad to write or replace.
-    values
-        [N, G] log1p expression, CSR or dense; stored as float32, uncompressed, in whichever of the
-        two forms is smaller.
-    genes
-        [G] gene names.
-    obs
-        [N] annotations, those of the truth.
-
-    Raises
-    ------
-    StoreError
-        If the disk is full.
-    """
-    table = ad.AnnData(
-        _as_smaller_form(_as_float32(values, path)),
-        obs=obs,
-        var=pd.DataFrame(index=pd.Index(genes, dtype=object)),
-    )
-    with full_disk_is_a_user_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with file_made_whole(path) as temporary:
-        table.write_h5ad(temporary)
-
-
-def write_cell_embedding(
-    path: Path, key: str, values: npt.NDArray[np.float32], obs: pd.DataFrame
-) -> None:
-    """Write an h5ad with predicted embeddings in ``obsm[key]`` and no genes, atomically.
-
-    Parameters
-    ----------
-    path
-        The h5ad to write or replace.
-    key
-        Name of the matrix.
-    values
-        [N, E] embeddings.
-    obs
-        [N] annotations, those of the truth.
-
-    Raises
-    ------
-    StoreError
-        If the disk is full.
-    """
-    with file_made_whole(path) as temporary:
-        ad.AnnData(obs=obs, obsm={key: values}).write_h5ad(temporary)
-
-
-def _as_smaller_form(values: ExpressionValues) -> ExpressionValues:
-    """Return CSR where that takes less room: a value with its index is twice a value."""
-    if sp.issparse(values) or 2 * np.count_nonzero(values) >= values.size:
-        return values
-    return sp.csr_matrix(values)
 
 
 def compute_mean(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from data_store.cell_sets import CellSets, build_cell_sets, find_groups
+from data_store.cell_sets import CellGroup, CellSets, build_cell_sets
 from data_store.embedding_scale import StandardizedRows, measure_embedding
 from data_store.loader import CellSetLoader
 from data_store.row_reader import RowReader, open_rows
@@ -122,33 +122,31 @@ def build_batch_source(
 def iterate_prediction_batches(
     store: Store,
     reader: RowReader,
-    target_rows: Rows,
+    group: CellGroup,
     paired_rows: Rows,
     *,
     cell_set_len: int,
     seed: int,
 ) -> Iterator[tuple[Rows, CellBatch]]:
-    """Yield one cell set at a time with the positions in ``target_rows`` that it predicts.
+    """Yield a group's cells as one cell set after another, with their places in ``group.rows``.
 
     Sets are shuffled and cut as evenly as in training, so that the model meets sets of the sizes
     and the mixture of batches it knows. The truth is not read: ``target_BSG`` is empty.
+    ``paired_rows`` are the control cells, in the order of ``group.rows``.
     """
-    place_of = {int(row): place for place, row in enumerate(target_rows)}
-    for group in find_groups(store, target_rows):
-        num_sets = -(-len(group.rows) // cell_set_len)
-        shuffled = np.random.default_rng([seed, group.context, group.pert]).permutation(group.rows)
-        for rows in np.array_split(shuffled, num_sets):
-            places = np.array([place_of[int(row)] for row in rows], dtype=np.int64)
-            control_SG = np.empty((len(rows), reader.num_genes), dtype=np.float32)
-            reader.take(paired_rows[places], control_SG)
-            yield (
-                places,
-                CellBatch(
-                    control_BSG=control_SG[None],
-                    target_BSG=np.empty((1, len(rows), 0), dtype=np.float32),
-                    mask_BS=np.ones((1, len(rows)), dtype=np.bool_),
-                    pert_B=np.array([group.pert], dtype=np.int64),
-                    context_B=np.array([group.context], dtype=np.int64),
-                    batch_BS=store.batch_code[rows][None],
-                ),
-            )
+    num_sets = -(-len(group.rows) // cell_set_len)
+    rng = np.random.default_rng([seed, group.context, group.pert])
+    for places in np.array_split(rng.permutation(len(group.rows)), num_sets):
+        control_SG = np.empty((len(places), reader.num_genes), dtype=np.float32)
+        reader.take(paired_rows[places], control_SG)
+        yield (
+            places,
+            CellBatch(
+                control_BSG=control_SG[None],
+                target_BSG=np.empty((1, len(places), 0), dtype=np.float32),
+                mask_BS=np.ones((1, len(places)), dtype=np.bool_),
+                pert_B=np.array([group.pert], dtype=np.int64),
+                context_B=np.array([group.context], dtype=np.int64),
+                batch_BS=store.batch_code[group.rows[places]][None],
+            ),
+        )

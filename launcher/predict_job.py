@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -20,17 +20,19 @@ import numpy as np
 import torch
 
 from data_store.files import folder_made_whole, write_bytes_atomically, write_json_atomically
+from data_store.prediction_file import write_cell_embedding, write_predictions
 from data_store.schema import CellTable, PerturbationProfiles, SplitName, TaskRunner
 from data_store.splits import read_splits
 from data_store.store import Store
-from data_store.tables import write_cell_embedding, write_predictions
 from launcher.predict_models import (
     FloatMatrix,
     PredictContext,
     build_split_profiles,
     predict_own_cells,
     predict_with_baseline,
+    read_true_cells,
     redraw_cells,
+    take_at_most,
     take_half,
 )
 from launcher.run_folder import RunFolder
@@ -47,6 +49,9 @@ TRUTH: Final = "real"
 """Name of the file with the true cells."""
 PROVENANCE: Final = "provenance.json"
 _PROFILES: Final = "profiles.pickle"
+_CHOICE_VALUES: Final = 1 << 27
+"""Most values of a table, cells x genes, on which the way to make cells is chosen: 0.5 GiB."""
+_CONTROLS_PER_BLOCK: Final = 2048
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,13 @@ def predict_split(
     """
     task = PredictTask("", folder.path, store.path, checkpoint.weights_path, split, out)
     context = _open(task)
-    cells_NG = predict_own_cells(context, task.weights)
+    blocks = predict_own_cells(context, task.weights)
     if context.config.is_judged:
-        _write(context, cells_NG, out)
+        _write(context, blocks, out)
     else:
         obs = store.read_obs(context.held_out.target_rows)
-        write_cell_embedding(out, str(context.config.model.embed_key), cells_NG, obs)
+        cells_NE = np.concatenate(list(blocks))
+        write_cell_embedding(out, str(context.config.model.embed_key), cells_NE, obs)
 
 
 def write_profiles(task: PredictTask) -> None:
@@ -153,11 +159,11 @@ def write_prediction(task: PredictTask) -> Predicted:
     started_s = time.perf_counter()
     context = _open(task)
     if task.model == TRUTH:
-        _write(context, None, task.out)
+        _write(context, read_true_cells(context), task.out)
         return Predicted(0.0, 0.0, time.perf_counter() - started_s, "", {})
     if task.model == CEILING:
-        context.held_out = take_half(context)
-        _write(context, None, task.out)
+        half = context.keep(take_half(context))
+        _write(half, read_true_cells(half), task.out)
         return Predicted(0.0, 0.0, time.perf_counter() - started_s, "half of the real cells", {})
     if task.model == context.config.model.row_name:
         fit_s, choice, choice_s, predict = _prepare_state(task, context)
@@ -169,7 +175,8 @@ def write_prediction(task: PredictTask) -> Predicted:
     return Predicted(fit_s, choice_s, predict_s, choice.chosen.name, choice.scores)
 
 
-Predict = Callable[[Synthesis], FloatMatrix]
+Predict = Callable[[Synthesis], Iterable[FloatMatrix]]
+"""Gives the cells of one group after another, made in one way."""
 
 
 def _prepare_state(
@@ -177,20 +184,28 @@ def _prepare_state(
 ) -> tuple[float, Choice, float, Predict]:
     """Choose how the model's cells are made; return what predicts them."""
 
-    def predictor(where: PredictContext) -> Predict:
-        own_NG: list[FloatMatrix] = []
-
-        def predict(way: Synthesis) -> FloatMatrix:
-            if not own_NG:
-                own_NG.append(predict_own_cells(where, task.weights))
-            return own_NG[0] if way.scale is None else redraw_cells(where, own_NG[0], way.scale)
-
-        return predict
+    def predictor(val: PredictContext) -> Predict:
+        # Predicted once: every way starts from the same cells.
+        own = list(predict_own_cells(val, task.weights))
+        return lambda way: _make_cells(val, own, way)
 
     started_s = time.perf_counter()
     candidates = _candidates(context.config, has_own_cells=True)
     choice = _choose(task, candidates, predictor)
-    return 0.0, choice, time.perf_counter() - started_s, predictor(context)
+    choice_s = time.perf_counter() - started_s
+    return (
+        0.0,
+        choice,
+        choice_s,
+        lambda way: _make_cells(context, predict_own_cells(context, task.weights), way),
+    )
+
+
+def _make_cells(
+    context: PredictContext, own: Iterable[FloatMatrix], way: Synthesis
+) -> Iterable[FloatMatrix]:
+    """Take the model's own cells, or draw them from counts."""
+    return own if way.scale is None else redraw_cells(context, own, way.scale)
 
 
 def _prepare_baseline(
@@ -239,14 +254,17 @@ def _choose(
     if len(candidates) == 1:
         return Choice(candidates[0], {})
     profiles = _read_profiles(task)
-    context = _open(replace(task, split="val"))
+    whole = _open(replace(task, split="val"))
+    # Whole tables are in memory here, several at a time.
+    num_genes = len(whole.store.output_genes(whole.config.model.gene_space))
+    context = whole.keep(take_at_most(whole, _CHOICE_VALUES // num_genes))
     reference = build_baseline("cell_mean", context.config.evaluate)
     reference.fit(profiles["train"], _none_of(profiles["val"]))
     predict = predictor(context)
     return choose_synthesis(
         candidates,
         lambda way: _as_table(context, predict(way)),
-        _as_table(context, None),
+        _as_table(context, read_true_cells(context)),
         _as_table(context, predict_with_baseline(context, reference)),
         Conventions(fdr=context.config.evaluate.fdr),
     )
@@ -278,34 +296,30 @@ def _read_profiles(task: PredictTask) -> dict[SplitName, PerturbationProfiles]:
     return profiles
 
 
-def _values_with_controls(context: PredictContext, cells_NG: FloatMatrix | None) -> FloatMatrix:
-    """Append the real control cells to predicted cells, or to the true ones (None)."""
-    held_out, reader = context.held_out, context.reader
-    num_targets = len(held_out.target_rows)
-    values_NG = np.empty(
-        (num_targets + len(held_out.control_rows), reader.num_genes), dtype=np.float32
-    )
-    if cells_NG is None:
-        reader.take(held_out.target_rows, values_NG[:num_targets])
-    else:
-        values_NG[:num_targets] = cells_NG
-    reader.take(held_out.control_rows, values_NG[num_targets:])
-    return values_NG
+def _with_controls(context: PredictContext, blocks: Iterable[FloatMatrix]) -> Iterator[FloatMatrix]:
+    """Follow predicted cells, or the true ones, by the real control cells."""
+    yield from blocks
+    rows = context.held_out.control_rows
+    for first in range(0, len(rows), _CONTROLS_PER_BLOCK):
+        yield context.read(rows[first : first + _CONTROLS_PER_BLOCK])
 
 
-def _write(context: PredictContext, cells_NG: FloatMatrix | None, out: Path) -> None:
-    rows = np.concatenate([context.held_out.target_rows, context.held_out.control_rows])
+def _write(context: PredictContext, blocks: Iterable[FloatMatrix], out: Path) -> None:
     genes = context.store.output_genes(context.config.model.gene_space)
-    obs = context.store.read_obs(rows)
-    write_predictions(out, _values_with_controls(context, cells_NG), genes, obs)
+    obs = context.store.read_obs(context.held_out.rows)
+    write_predictions(out, _with_controls(context, blocks), genes, obs)
 
 
-def _as_table(context: PredictContext, cells_NG: FloatMatrix | None) -> CellTable:
-    store = context.store
-    rows = np.concatenate([context.held_out.target_rows, context.held_out.control_rows])
+def _as_table(context: PredictContext, blocks: Iterable[FloatMatrix]) -> CellTable:
+    store, rows = context.store, context.held_out.rows
+    values_NG = np.empty((len(rows), context.reader.num_genes), dtype=np.float32)
+    first = 0
+    for block in _with_controls(context, blocks):
+        values_NG[first : first + len(block)] = block
+        first += len(block)
     codes, labels = np.unique(store.pert_code[rows], return_inverse=True)
     return CellTable(
-        _values_with_controls(context, cells_NG),
+        values_NG,
         store.output_genes(context.config.model.gene_space),
         labels.astype(np.int64),
         tuple(store.perturbations[code] for code in codes),

@@ -9,9 +9,9 @@ import scipy.sparse as sp
 
 from data_store import cell_file
 from data_store.cell_file import open_cells, readable_by_row, split_contexts
+from data_store.prediction_file import write_predictions
 from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import CellTable, ObsColumns, StoreError
-from data_store.tables import write_predictions
 from tests.support.atlas import build_atlas
 
 
@@ -107,7 +107,7 @@ def test_contexts_are_judged_apart_and_each_needs_its_own_controls(tmp_path):
     )
     values = np.array([[0.5], [1.5], [2.5], [3.5]], np.float32)
     path = tmp_path / "two.h5ad"
-    write_predictions(path, values, ["G"], obs)
+    write_predictions(path, [values], ["G"], obs)
     columns = ObsColumns(cell_type_key="line")
     cells = open_cells(path, columns)
     found = split_contexts(cells, path, columns)
@@ -116,7 +116,7 @@ def test_contexts_are_judged_apart_and_each_needs_its_own_controls(tmp_path):
     assert names[found["x"].labels + 1].tolist() == ["left out", "A", "left out", "non-targeting"]
     assert names[found["y"].labels + 1].tolist() == ["non-targeting", "left out", "A", "left out"]
     assert list(split_contexts(cells, path, ObsColumns())) == [""]
-    write_predictions(path, values[:3], ["G"], obs[:3])
+    write_predictions(path, [values[:3]], ["G"], obs[:3])
     with pytest.raises(StoreError, match=r"'x' \(obs column 'line'\) has perturbed cells but no"):
         split_contexts(open_cells(path, columns), path, columns)
 

@@ -2,7 +2,6 @@
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -15,7 +14,6 @@ from data_store.tables import (
     compute_matched_means,
     compute_mean,
     read_cell_table,
-    write_predictions,
 )
 from tests.support.atlas import build_atlas, gene_names, write_atlas
 
@@ -149,49 +147,6 @@ def test_a_store_is_a_table(store):
     assert table.label_names == store.perturbations
     assert np.array_equal(table.labels, store.pert_code)
     assert np.array_equal(table.values.toarray(), store.read_matrix("all"))
-
-
-@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
-def test_predictions_come_back(store, tmp_path, form):
-    rows = np.array([4, 8, 400])
-    values = store.read_matrix("hvg")[rows]
-    path = tmp_path / "new" / "pred.h5ad"
-    write_predictions(path, form(values), store.output_genes("hvg"), store.read_obs(rows))
-    adata = ad.read_h5ad(path)
-    assert tuple(adata.var_names) == store.output_genes("hvg")
-    assert adata.obs["target_gene"].tolist() == [
-        store.perturbations[code] for code in store.pert_code[rows]
-    ]
-    assert list(adata.obs.columns) == list(store.read_obs(rows).columns)
-    assert sp.issparse(adata.X)
-    assert np.array_equal(adata.to_df().to_numpy(), values)
-    assert [entry.name for entry in path.parent.iterdir()] == ["pred.h5ad"]
-
-
-@pytest.mark.parametrize(("num_zeros", "is_sparse"), [(5, False), (6, False), (7, True)])
-def test_predictions_are_written_in_the_smaller_form(tmp_path, num_zeros, is_sparse):
-    values = np.arange(1, 13, dtype=np.float32).reshape(3, 4) / 2
-    values.ravel()[:num_zeros] = 0
-    obs = pd.DataFrame(index=["a", "b", "c"])
-    write_predictions(tmp_path / "pred.h5ad", values, list("ABCD"), obs)
-    adata = ad.read_h5ad(tmp_path / "pred.h5ad")
-    assert sp.issparse(adata.X) == is_sparse
-    assert np.array_equal(adata.to_df().to_numpy(), values)
-
-
-def test_a_failed_write_leaves_the_old_prediction(tmp_path, monkeypatch):
-    path = tmp_path / "pred.h5ad"
-    path.write_bytes(b"old")
-
-    def fail(self, target, *args, **kwargs):
-        target.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(ad.AnnData, "write_h5ad", fail)
-    with pytest.raises(StoreError, match="no space left"):
-        write_predictions(path, np.ones((1, 1), np.float32), ["A"], pd.DataFrame(index=["c"]))
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["pred.h5ad"]
 
 
 @pytest.mark.parametrize("space", ["hvg", "all"])
