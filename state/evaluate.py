@@ -297,7 +297,10 @@ def judge_prediction(
 
 def _test(cells: JudgedCells, scans: list[CellScan], conventions: Conventions) -> DifferentialTable:
     nonzero_G = count_nonzeros(cells, scans)
-    blocks = [compute_rank_sums(cells, nonzero_G, *ends) for ends in plan_gene_blocks(nonzero_G)]
+    blocks = [
+        compute_rank_sums(cells, nonzero_G, *ends)
+        for ends in plan_gene_blocks(nonzero_G, in_memory=True)
+    ]
     return finish_differential(
         RankSums.concatenate(blocks),
         cells,
