@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -136,9 +136,9 @@ def predict_split(
 
     A model that predicts embeddings alone leaves them in ``obsm``, in a file without genes.
     """
-    task = PredictTask("", folder.path, store.path, checkpoint.weights_path, split, out)
-    context = _open(task)
-    blocks = predict_own_cells(context, task.weights)
+    context = _open(folder.path, store.path, split)
+    torch.set_num_threads(context.config.cluster.cpus_per_worker)
+    blocks = predict_own_cells(context, checkpoint.weights_path)
     if context.config.is_judged:
         _write(context, blocks, out)
     else:
@@ -149,7 +149,7 @@ def predict_split(
 
 def write_profiles(task: PredictTask) -> None:
     """Average the train and validation perturbations once, for all baselines."""
-    context = _open(task)
+    context = _open(task.run_dir, task.store, task.split)
     profiles = build_split_profiles(context.config, context.store, context.splits)
     write_bytes_atomically(task.out.with_name(_PROFILES), pickle.dumps(profiles))
 
@@ -157,7 +157,8 @@ def write_profiles(task: PredictTask) -> None:
 def write_prediction(task: PredictTask) -> Predicted:
     """Predict with one model and write the h5ad."""
     started_s = time.perf_counter()
-    context = _open(task)
+    torch.set_num_threads(task.num_cpus)
+    context = _open(task.run_dir, task.store, task.split)
     if task.model == TRUTH:
         _write(context, read_true_cells(context), task.out)
         return Predicted(0.0, 0.0, time.perf_counter() - started_s, "", {})
@@ -254,7 +255,7 @@ def _choose(
     if len(candidates) == 1:
         return Choice(candidates[0], {})
     profiles = _read_profiles(task)
-    whole = _open(replace(task, split="val"))
+    whole = _open(task.run_dir, task.store, "val")
     # Whole tables are in memory here, several at a time.
     num_genes = len(whole.store.output_genes(whole.config.model.gene_space))
     context = whole.keep(take_at_most(whole, _CHOICE_VALUES // num_genes))
@@ -282,12 +283,11 @@ def _none_of(profiles: PerturbationProfiles) -> PerturbationProfiles:
     )
 
 
-def _open(task: PredictTask) -> PredictContext:
-    folder = RunFolder(task.run_dir)
+def _open(run_dir: Path, store_path: Path, split: SplitName) -> PredictContext:
+    folder = RunFolder(run_dir)
     config = load_resolved_config(folder.config)
-    torch.set_num_threads(task.num_cpus)
-    store = Store.open(task.store)
-    return PredictContext(config, store, read_splits(folder.splits, store), task.split)
+    store = Store.open(store_path)
+    return PredictContext(config, store, read_splits(folder.splits, store), split)
 
 
 def _read_profiles(task: PredictTask) -> dict[SplitName, PerturbationProfiles]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launcher.errors import LaunchError
+from launcher.judged_runs import find_beside
 from launcher.pipeline import JUDGING_STAGES, STAGE_NAMES, Pipeline
 from launcher.preprocess_job import describe_simulation
 
@@ -14,6 +16,10 @@ def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
     cluster = config.cluster
     gpu = " and 1 GPU" if cluster.use_gpu else ""
     missing = pipeline.missing_inputs()
+    try:
+        find_beside(config)
+    except LaunchError as error:
+        missing.append(str(error))
     left_out = set() if config.simulate is not None else {"simulate"}
     left_out |= set() if config.statistics.enabled else {"stats", "deltas"}
     left_out |= set() if config.is_judged else set(JUDGING_STAGES)
