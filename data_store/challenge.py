@@ -19,7 +19,7 @@ import scipy.sparse as sp
 
 from data_store.files import file_made_whole, full_disk_is_a_user_error
 from data_store.schema import ObsColumns, StoreError
-from data_store.tables import read_cell_table
+from data_store.tables import read_cell_table, write_h5ad
 
 PERT_COL: Final = "target_gene"
 """The column's name in the archive, whatever it was in the prediction."""
@@ -86,7 +86,7 @@ def _pack(cells: ad.AnnData, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         plain, packed = Path(name) / "pred.h5ad", Path(name) / "pred.h5ad.zst"
-        cells.write_h5ad(plain)
+        write_h5ad(cells, plain)
         with plain.open("rb") as source, packed.open("wb") as target:
             size = plain.stat().st_size
             zstandard.ZstdCompressor(level=_LEVEL).copy_stream(source, target, size=size)

@@ -6,6 +6,7 @@ Shape legend: N cells, G genes, P perturbations, D feature width.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from zarr.storage import LocalStore
 
 from data_store.cell_sets import Matching
 from data_store.containers import open_anndata
-from data_store.files import file_made_whole, full_disk_is_a_user_error
+from data_store.files import file_made_whole
 from data_store.hints import nearest, some
 from data_store.normalize import MAX_LOG1P
 from data_store.obs_labels import read_labels
@@ -36,6 +37,9 @@ from data_store.schema import (
     StoreError,
 )
 from data_store.store import ROWS_PER_READ, Store, is_store
+
+METADATA_BYTES = 1 << 20
+"""Room for what HDF5 adds to the values of a small table."""
 
 
 def read_cell_table(
@@ -181,10 +185,7 @@ def write_predictions(
         obs=obs,
         var=pd.DataFrame(index=pd.Index(genes, dtype=object)),
     )
-    with full_disk_is_a_user_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with file_made_whole(path) as temporary:
-        table.write_h5ad(temporary)
+    write_h5ad(table, path)
 
 
 def write_cell_embedding(
@@ -208,8 +209,19 @@ def write_cell_embedding(
     StoreError
         If the disk is full.
     """
-    with file_made_whole(path) as temporary:
-        ad.AnnData(obs=obs, obsm={key: values}).write_h5ad(temporary)
+    write_h5ad(ad.AnnData(obs=obs, obsm={key: values}), path)
+
+
+def write_h5ad(table: ad.AnnData, path: Path) -> None:
+    """Write an h5ad as ``file_made_whole`` does, where the disk has room for it.
+
+    Raises
+    ------
+    StoreError
+        If the disk is full.
+    """
+    with file_made_whole(path, sys.getsizeof(table) + METADATA_BYTES) as temporary:
+        table.write_h5ad(temporary)
 
 
 def _as_smaller_form(values: ExpressionValues) -> ExpressionValues:

@@ -19,10 +19,10 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from data_store.files import write_text_atomically
 from data_store.schema import UserError
 from data_store.shared_copies import SharedCopies
 from launcher.errors import Interrupted, LaunchError, Preempted
+from launcher.failure_note import FailureNote
 from launcher.faults import InjectedFaultError
 from launcher.preemption import hear_preemption
 from launcher.progress import Reporter
@@ -34,7 +34,6 @@ from launcher.train_worker import run_worker
 from launcher.training import TrainingConfig, TrainingTask
 from state.training.monitor import read_metrics
 
-_FAILURE_NAME = "train_failure.txt"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -52,8 +51,8 @@ def train_with_ray(
         cluster lost were not back after ``wait_resources_s`` seconds.
     """
     folder = RunFolder(task.run_dir)
-    failure, ray_folder = folder.logs / _FAILURE_NAME, folder.logs / "ray"
-    failure.unlink(missing_ok=True)
+    failure, ray_folder = FailureNote(folder), folder.logs / "ray"
+    failure.prepare()
     # Ray would resume its own bookkeeping from an earlier run of the same name; ours is in the
     # checkpoints alone.
     shutil.rmtree(ray_folder, ignore_errors=True)
@@ -89,13 +88,15 @@ def train_with_ray(
             # Ray Train's own answer to Ctrl-C, after it has stopped the workers.
             raise Interrupted from None
         except TrainingFailedError as error:
-            if not failure.is_file():
+            if failure.read() is None:
                 raise _explain(error, folder, config) from error
         finally:
+            failure.close()
             # Of workers on this node that were killed; those of other nodes go at the next start.
             SharedCopies().remove_orphans()
-    if failure.is_file():
-        raise UserError(failure.read_text(encoding="utf-8"))
+    mistake = failure.read()
+    if mistake is not None:
+        raise UserError(mistake)
 
 
 def _explain(error: TrainingFailedError, folder: RunFolder, config: TrainingConfig) -> UserError:
@@ -219,14 +220,14 @@ def _describe(records: list[dict[str, float]]) -> str:
 def _ray_worker(settings: dict[str, Any]) -> None:
     """Run one worker; a user's mistake is written down, since restarting would not mend it."""
     task: TrainingTask = settings["task"]
-    failure = RunFolder(task.run_dir).logs / _FAILURE_NAME
-    if failure.is_file():
+    failure = FailureNote(RunFolder(task.run_dir))
+    if failure.read() is not None:
         # Written by a rank of the group before this one: end at once, the driver tells it.
         return
     try:
         progress = run_worker(task, get_device())
     except UserError as error:
-        write_text_atomically(failure, str(error))
+        failure.write(str(error))
         # Peers that did not see the mistake are in a collective call: end it for them now.
         dist.destroy_process_group()
         return

@@ -25,12 +25,13 @@ from data_store.store import Store
 from launcher.batches import build_batch_source
 from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.errors import LaunchError
-from launcher.faults import with_faults
+from launcher.faults import on_a_disk_that_fills, with_faults
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
 from launcher.step_division import StepDivision
 from launcher.training import Place, Training, TrainingTask
 from state.config import RunConfig, TrainConfig
+from state.config_cluster import FaultsConfig
 from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.engine import Engine
@@ -68,6 +69,8 @@ class TrainTask:
         objective = build_objective(config, store, splits).to(place.device)
         initialize(objective.model, config, folder if place.rank == 0 else None)
 
+        faults = config.faults if place.rank == config.faults.rank else FaultsConfig()
+
         def build_source() -> BatchSource[CellBatch]:
             source = build_batch_source(
                 config,
@@ -78,14 +81,13 @@ class TrainTask:
                 place.world_size,
                 as_counts=place.device.type == "cuda",
             )
-            if place.rank != config.faults.rank:
-                return source
-            return with_faults(source, config.faults, settings, place.world_size, folder)
+            return with_faults(source, faults, settings, place.world_size, folder)
 
         return Training(
             objective,
             build_source=build_source,
             build_flops=lambda: FlopCounter(objective.model),
+            faults=faults,
         )
 
 
@@ -125,6 +127,7 @@ def run_worker(
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
         )
+        checkpoints = on_a_disk_that_fills(checkpoints, training.faults, folder)
         profiler = StepProfiler(
             folder.profile if rank == 0 else None, settings.profile_steps, device
         )

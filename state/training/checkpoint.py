@@ -42,6 +42,8 @@ FORMAT = "statewide-checkpoint"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.pt"
 DAMAGED_SUFFIX = ".damaged"
+# The second one where the end of the file did not fit.
+_TORCH_WRITE_ERRORS = ("inline_container", "iostream error")
 
 
 class CheckpointError(UserError):
@@ -156,13 +158,20 @@ class CheckpointFolder:
         """Write a checkpoint with all ranks, commit it, and prune the older ones (collective)."""
         final = self.folder / f"step_{progress.step:08d}"
         partial = final.with_name(f"{final.name}.partial")
-        try:
-            with full_disk_is_a_user_error(final), _torch_names_failed_writes():
+        with full_disk_is_a_user_error(final, self._usual_bytes()), _torch_names_failed_writes():
+            try:
                 self._write(engine, progress, partial, final)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         return final
+
+    def _usual_bytes(self) -> int | None:
+        """Return the size of the newest checkpoint: all of a run are about as large."""
+        newest = self.last()
+        if newest is None:
+            return None
+        return sum(path.stat().st_size for path in newest.folder.rglob("*") if path.is_file())
 
     def _write(self, engine: Engine, progress: Progress, partial: Path, final: Path) -> None:
         if engine.rank == 0:
@@ -315,7 +324,7 @@ def _torch_names_failed_writes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "inline_container" not in str(error):
+        if not any(part in str(error) for part in _TORCH_WRITE_ERRORS):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 

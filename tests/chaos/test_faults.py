@@ -16,6 +16,11 @@ SETTINGS = (
 )
 
 
+def newest_checkpoint(run_dir: Path) -> str:
+    """Return the last name in the folder, be it whole or not."""
+    return max(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """Losses of two workers that nothing happened to."""
@@ -52,21 +57,24 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_what_was_good(tmp_pa
     done = statewide("train", path, *SETTINGS, quiet, "--local", "faults.nan_at_step=15")
     assert done.returncode == 2
     assert "at step 15 the loss" in done.stderr
-    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept[-1] == "step_00000012"
+    assert newest_checkpoint(tmp_path / "run") == "step_00000012"
 
 
 @pytest.mark.parametrize("alone_is_first", [False, True])
 def test_another_number_of_workers_goes_on_to_the_same_losses(
     alone_is_first: bool, uninterrupted: dict[str, list[float]], tmp_path: Path
 ):
-    """2 -> 1, and 1 -> 2: the driver gives up at the first failure, and is called again."""
+    """2 -> 1, and 1 -> 2: a full disk ends the first of them, restarts or not."""
     path = write_recipe(tmp_path)
-    first, second = ("--local",), ()
-    failing = ("cluster.max_failures=0", "faults.exception_at_step=15")
+    first, second = ("--local",), ("faults.rank=1",)
     if not alone_is_first:
         first, second = second, first
-    assert statewide("train", path, *SETTINGS, *failing, *first).returncode != 0
+    full = statewide("train", path, *SETTINGS, "faults.fill_disk_at_step=15", *first)
+    assert full.returncode == 2, full.stderr
+    assert "no space left on the disk of " in full.stderr
+    assert re.search(r"step_00000018 \(.*; about [\d.]+ KiB are needed, [\d.]+ GiB are", full.stderr)
+    assert len(losses(tmp_path / "run")["train/loss"]) == 18
+    assert newest_checkpoint(tmp_path / "run") == "step_00000012"
     resumed = statewide("train", path, *SETTINGS, *second)
     assert resumed.returncode == 0, resumed.stderr
     said = "1 workers wrote it, 2 go on" if alone_is_first else "2 workers wrote it, 1 go on"
