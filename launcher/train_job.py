@@ -228,7 +228,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         progress = run_worker(task, get_device())
     except UserError as error:
         failure.write(str(error))
-        # Peers that did not see the mistake are in a collective call: end it for them now.
-        dist.destroy_process_group()
-        return
+        # Peers that did not see the mistake are in a collective call. Leaving the process group
+        # would not wake them: DeepSpeed holds its sockets open. Ray ends them.
+        raise
     ray.train.report({"step": progress.step, "val_loss": progress.val_loss})

@@ -72,7 +72,9 @@ def test_another_number_of_workers_goes_on_to_the_same_losses(
     full = statewide("train", path, *SETTINGS, "faults.fill_disk_at_step=15", *first)
     assert full.returncode == 2, full.stderr
     assert "no space left on the disk of " in full.stderr
-    assert re.search(r"step_00000018 \(.*; about [\d.]+ KiB are needed, [\d.]+ GiB are", full.stderr)
+    assert re.search(
+        r"step_00000018 \(.*; about [\d.]+ KiB are needed, [\d.]+ GiB are", full.stderr
+    )
     assert len(losses(tmp_path / "run")["train/loss"]) == 18
     assert newest_checkpoint(tmp_path / "run") == "step_00000012"
     resumed = statewide("train", path, *SETTINGS, *second)
