@@ -24,6 +24,7 @@ from data_store.shared_copies import SharedCopies
 from launcher.errors import Interrupted, LaunchError, Preempted
 from launcher.failure_note import FailureNote
 from launcher.faults import InjectedFaultError
+from launcher.heartbeat import HungWorkerError
 from launcher.preemption import hear_preemption
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
@@ -32,6 +33,7 @@ from launcher.room_watch import RoomWatch, interruptible, watching
 from launcher.run_folder import RunFolder
 from launcher.train_worker import run_worker
 from launcher.training import TrainingConfig, TrainingTask
+from state.training.fault_log import FaultLog
 from state.training.monitor import read_metrics
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -99,12 +101,14 @@ def train_with_ray(
         raise UserError(mistake)
 
 
-def _explain(error: TrainingFailedError, folder: RunFolder, config: TrainingConfig) -> UserError:
+def _explain(error: Exception, folder: RunFolder, config: TrainingConfig) -> UserError:
     """Find the user's mistake among the workers' errors, or say where to look."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, UserError):
             return UserError(str(cause))
+        if isinstance(cause, HungWorkerError):
+            error = cause
     return LaunchError(
         f"training failed {config.cluster.max_failures + 1} times: {error}\nThe workers' logs are "
         f"in {folder.logs}; the run goes on from its last checkpoint when you run the same "
@@ -177,13 +181,18 @@ def show_training(folder: RunFolder, config: TrainingConfig, reporter: Reporter)
 
     The run folder is the channel: it is shared storage, so no extra connection can break.
     """
-    finished = threading.Event()
+    finished, faults = threading.Event(), FaultLog(folder.path)
     with reporter.track("training", config.train.max_steps, "steps") as tracker:
 
         def follow() -> None:
-            is_first = True
+            is_first, num_said = True, len(faults.read())
             while True:
                 stopping = finished.wait(_SECONDS_BETWEEN_LOOKS)
+                news = faults.read()[num_said:]
+                num_said += len(news)
+                for fault in news:
+                    if fault.kind != "start":
+                        reporter.say(f"  {fault.message}")
                 records = read_metrics(folder.metrics)
                 if records:
                     step = int(records[-1]["step"])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from launcher.batches import build_batch_source
 from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.errors import LaunchError
 from launcher.faults import on_a_disk_that_fills, with_faults
+from launcher.heartbeat import Heartbeat, WatchedEngine, watched
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
 from launcher.step_division import StepDivision
@@ -34,7 +36,7 @@ from state.config import RunConfig, TrainConfig
 from state.config_cluster import FaultsConfig
 from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
-from state.training.engine import Engine
+from state.training.fault_log import FaultLog
 from state.training.flops import FlopCounter
 from state.training.loop import BatchSource, train
 from state.training.monitor import Monitor
@@ -109,23 +111,28 @@ def run_worker(
     )
 
     log_path = folder.logs / f"train_rank{rank}.log"
+    timeout_s = config.cluster.timeout_s
     with (
         full_disk_is_a_user_error(folder.path),
         log_to_file(log_path, rank),
-        only_writer(folder, config.cluster.timeout_s) if rank == 0 else nullcontext(),
+        only_writer(folder, timeout_s) if rank == 0 else nullcontext(),
+        Heartbeat(folder, rank, world_size) as heartbeat,
+        heartbeat.naming_hung_workers(timeout_s),
     ):
         training = task.build(config, settings, Place(rank, world_size, device))
         objective = training.objective
         objective.use_bf16 = uses_bf16(settings, device)
         prepare_model(objective.model, settings)
         flops = training.build_flops()
-        timeout_s = config.cluster.timeout_s
-        engine = Engine(objective, settings, deepspeed_config, device, timeout_s=timeout_s)
+        engine = WatchedEngine(
+            heartbeat, objective, settings, deepspeed_config, device, timeout_s=timeout_s
+        )
         checkpoints = CheckpointFolder(
             folder.checkpoints,
             task.run_fingerprint,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
+            note_damage=partial(_note_damage, folder),
         )
         checkpoints = on_a_disk_that_fills(checkpoints, training.faults, folder)
         profiler = StepProfiler(
@@ -135,7 +142,7 @@ def run_worker(
             with Monitor(folder.path if rank == 0 else None) as monitor, profiler:
                 return train(
                     engine,
-                    training.build_source(),
+                    watched(training.build_source(), heartbeat, engine, settings),
                     checkpoints,
                     monitor,
                     settings,
@@ -146,6 +153,11 @@ def run_worker(
                 )
         finally:
             engine.close()
+
+
+def _note_damage(folder: RunFolder, message: str) -> None:
+    logger.warning(message)
+    FaultLog(folder.path).add("checkpoint_set_aside", message)
 
 
 def initialize(model: StateTransition, config: RunConfig, folder: RunFolder | None) -> None:

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,15 +91,24 @@ class CheckpointFolder:
         Digest of everything the weights depend on; a checkpoint with another one is refused.
     keep_last, keep_best
         How many of the newest, and of those with the lowest validation loss, ``save`` keeps.
+    note_damage
+        Called with what is said of a damaged checkpoint that is set aside.
     """
 
     def __init__(
-        self, folder: Path, run_fingerprint: str, *, keep_last: int = 2, keep_best: int = 1
+        self,
+        folder: Path,
+        run_fingerprint: str,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        note_damage: Callable[[str], None] = logger.warning,
     ) -> None:
         self.folder = folder
         self.run_fingerprint = run_fingerprint
         self._keep_last = keep_last
         self._keep_best = keep_best
+        self._note_damage = note_damage
 
     def complete(self) -> list[Checkpoint]:
         """List the committed checkpoints in order of their step."""
@@ -234,12 +243,9 @@ class CheckpointFolder:
             if not damaged:
                 return checkpoint
             aside = checkpoint.folder.with_name(checkpoint.folder.name + DAMAGED_SUFFIX)
-            logger.warning(
-                "checkpoint %s is damaged (%s): set aside as %s, which may be removed; taking the "
-                "one before it",
-                checkpoint.folder,
-                ", ".join(damaged),
-                aside.name,
+            self._note_damage(
+                f"checkpoint {checkpoint.folder} is damaged ({', '.join(damaged)}): set aside as "
+                f"{aside.name}, which may be removed; taking the one before it"
             )
             # One of them to look at; a failing disk would fill up with them.
             for older in self.folder.glob(f"*{DAMAGED_SUFFIX}"):

@@ -22,6 +22,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_store.files import full_disk_is_a_user_error, write_text_atomically
+from state.training.fault_log import FaultLog
 from state.training.flops import StepFlops
 
 _GIB = 2**30
@@ -56,14 +57,17 @@ class Monitor:
             self._writer.close()
 
     def start(self, step: int) -> None:
-        """Open the files, dropping what was recorded after ``step``."""
+        """Open the files, dropping what was recorded after ``step``, and record the faults."""
         if self._run_dir is None:
             return
         path = self._run_dir / "metrics.jsonl"
+        faults = FaultLog(self._run_dir)
+        faults.begin(step, path.stat().st_mtime if path.is_file() else None)
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         with self._writing_tensorboard() as folder:
             self._writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1)
+        self.record(step, faults.count())
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one record: ``{"step": step, tag: value, ...}`` and a TensorBoard point a tag."""

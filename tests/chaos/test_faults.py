@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.runs import losses, statewide, write_recipe
+from tests.support.runs import losses, read_records, statewide, write_recipe
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow]
 
@@ -47,6 +47,16 @@ def test_the_group_restarts_from_the_last_whole_checkpoint_after_each_fault(
     resumed_at = [int(step) for step in re.findall(r"resumed from .* \(step (\d+)\)", log)]
     assert resumed_at == [6, 6, 12, 12]
     assert "is damaged (model.pt): set aside as step_00000018.damaged" in log
+    hung = r"rank 1 on host \S+ \(process \d+\) has been in step 15, reading its batch, for 2\d s"
+    assert re.search(hung, log)
+    assert re.search(hung, " ".join((done.stdout + done.stderr).split()))
+    counted = [record for record in read_records(tmp_path / "run") if "faults/restarts" in record]
+    assert [record["faults/restarts"] for record in counted] == [0, 2, 4]
+    assert (counted[-1]["faults/hung_workers"], counted[-1]["faults/checkpoints_set_aside"]) == (
+        *(1, 1),
+    )
+    # The hang alone takes as long as the others wait.
+    assert 20 < counted[-1]["faults/seconds_lost"] < 480
     assert losses(tmp_path / "run") == uninterrupted
 
 
