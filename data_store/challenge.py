@@ -18,6 +18,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from data_store.files import file_made_whole, full_disk_is_a_user_error
+from data_store.h5ad_file import write_h5ad
 from data_store.schema import ObsColumns, StoreError
 from data_store.tables import read_cell_table
 
@@ -86,7 +87,7 @@ def _pack(cells: ad.AnnData, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         plain, packed = Path(name) / "pred.h5ad", Path(name) / "pred.h5ad.zst"
-        cells.write_h5ad(plain)
+        write_h5ad(cells, plain)
         with plain.open("rb") as source, packed.open("wb") as target:
             size = plain.stat().st_size
             zstandard.ZstdCompressor(level=_LEVEL).copy_stream(source, target, size=size)

@@ -6,6 +6,7 @@ Parts are copied one by one, so memory holds one of them. Tested by
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from data_store.files import file_made_whole
+from data_store.h5ad_file import METADATA_BYTES
 from data_store.schema import StoreError
 
 
@@ -50,7 +52,8 @@ def write_embedding(
     if num_rows != len(obs):
         raise StoreError(f"{path}: {num_rows} embedded cells for {len(obs)} in obs; run it again")
     table = ad.AnnData(obs=obs, uns={"statewide": dict(provenance)})
-    with file_made_whole(path) as temporary:
+    needed_bytes = sum(array.nbytes for array in arrays) + sys.getsizeof(table) + METADATA_BYTES
+    with file_made_whole(path, needed_bytes) as temporary:
         table.write_h5ad(temporary)
         with h5py.File(temporary, "r+") as file:
             shape = (num_rows, arrays[0].shape[1])

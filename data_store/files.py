@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +36,11 @@ class ReadError(TransientError):
 
 
 @contextlib.contextmanager
-def file_made_whole(final: Path) -> Iterator[Path]:
+def file_made_whole(final: Path, needed_bytes: int | None = None) -> Iterator[Path]:
     """Give a temporary path beside ``final``, flushed and renamed when the block ends well.
+
+    With ``needed_bytes``, a disk that has less is refused before anything is written: HDF5 loses
+    data on a full disk, and may crash.
 
     Raises
     ------
@@ -44,9 +48,11 @@ def file_made_whole(final: Path) -> Iterator[Path]:
         When the disk is full; the temporary file is removed and the old file is untouched.
     """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    with full_disk_is_a_user_error(final):
+    with full_disk_is_a_user_error(final, needed_bytes):
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
+            if needed_bytes is not None and shutil.disk_usage(final.parent).free < needed_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield temporary
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -126,14 +132,14 @@ def folder_made_whole(final: Path) -> Iterator[Path]:
     """
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with full_disk_is_a_user_error(final):
+    with full_disk_is_a_user_error(final):
+        try:
+            partial.mkdir(parents=True)
             yield partial
             sync_tree(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     replace_folder(partial, final)
 
 
@@ -166,15 +172,41 @@ def folder_for_files(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def full_disk_is_a_user_error(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into one message that names the path."""
+def full_disk_is_a_user_error(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into one message.
+
+    It names the path, or the file of the error where the path is a folder, what is needed, where
+    that is known, and what is free once the block has cleaned up.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        reason = _find_errno(error)
+        if reason not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if path.is_dir() and isinstance(error, OSError) and isinstance(error.filename, str):
+            path = Path(error.filename)
+        room = "" if needed_bytes is None else f"about {show_bytes(needed_bytes)} are needed, "
+        there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+        room += f"{show_bytes(shutil.disk_usage(there).free)} are free"
         raise FullDiskError(
-            f"no space left on the disk of {path} ({os.strerror(error.errno)}). Nothing finished "
-            "was lost: free space, or choose another folder with output_dir (or --out), and run "
-            "the same command again"
+            f"no space left on the disk of {path} ({os.strerror(reason)}; {room}). Nothing "
+            "finished was lost: free space, or choose another folder with output_dir (or --out), "
+            "and run the same command again"
         ) from error
+
+
+def _find_errno(error: OSError | RuntimeError) -> int | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    # HDF5 gives it in words, at close as a RuntimeError.
+    found = re.search(r"errno = (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def show_bytes(count: int) -> str:
+    """Write a number of bytes with a unit that leaves few digits, such as ``1.5 MiB``."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -22,6 +22,7 @@ import scipy.sparse as sp
 
 from data_store.csr_writer import SPARE_BYTES, CsrWriter
 from data_store.files import file_made_whole
+from data_store.h5ad_file import write_h5ad
 from data_store.schema import ExpressionValues
 
 FloatMatrix = npt.NDArray[np.float32]
@@ -87,8 +88,7 @@ def write_cell_embedding(path: Path, key: str, values: FloatMatrix, obs: pd.Data
     StoreError
         If the disk is full.
     """
-    with file_made_whole(path) as temporary:
-        ad.AnnData(obs=obs, obsm={key: values}).write_h5ad(temporary)
+    write_h5ad(ad.AnnData(obs=obs, obsm={key: values}), path)
 
 
 class _RowWriter(Protocol):

@@ -16,7 +16,7 @@ from pathlib import Path
 from data_store.annotations import consolidate_metadata, write_annotations
 from data_store.atlas import open_source
 from data_store.deal import estimate_nnz
-from data_store.files import FullDiskError, full_disk_is_a_user_error
+from data_store.files import FullDiskError, full_disk_is_a_user_error, show_bytes
 from data_store.genes import check_flavor
 from data_store.ingest import CountSource
 from data_store.locate import explain_change
@@ -179,6 +179,6 @@ def _check_room(workspace: Workspace, needed: int, what: str) -> None:
     if needed > free:
         # Not a plain StoreError: that would remove the cells that an earlier run has dealt.
         raise FullDiskError(
-            f"{what} about {needed / 2**30:.2f} GiB at {workspace.out}, but the disk has "
-            f"{free / 2**30:.2f} GiB free; free some space or choose another output folder (--out)"
+            f"{what} about {show_bytes(needed)} at {workspace.out}, but the disk has "
+            f"{show_bytes(free)} free; free some space or choose another output folder (--out)"
         )

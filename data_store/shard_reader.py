@@ -137,8 +137,9 @@ class ShardedArray:
                 os.close(handle)
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(
-                f"{path} is missing or damaged ({error}); see which "
-                f"files are: statewide store verify {_store_of(self._path)}; --repair mends them"
+                f"{path} is missing or damaged ({error}). Make what is damaged anew: "
+                f"statewide store verify {_store_of(self._path)} --repair"
+                ", and run the same command again"
             ) from error
 
     def _read_index(self, handle: int, shard: int) -> npt.NDArray[np.uint64]:

@@ -19,6 +19,7 @@ import typer
 import typer.core
 from pydantic import ValidationError
 
+from data_store.files import full_disk_is_a_user_error
 from data_store.schema import SPLIT_NAMES, GeneChoice, HvgFlavor, UserError
 from launcher import cli_cluster, cli_embed, cli_monitor, cli_statistics, cli_store
 from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
@@ -321,7 +322,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
+        with full_disk_is_a_user_error(Path.cwd()):
+            app()
     except UserError as error:
         _complain(f"error: {error}")
         sys.exit(EXIT_USER_ERROR)

@@ -51,6 +51,7 @@ def verify(
     damaged = repair_store(store_path) if repair else list_damaged(store_path, manifest)
     if repair and damaged:
         typer.echo("\n".join(f"mended {name}" for name in damaged))
+        _note_repair(store_path.absolute(), damaged)
     elif damaged:
         listing = "\n  ".join(damaged)
         raise StoreError(
@@ -58,3 +59,14 @@ def verify(
             f"damaged:\n  {listing}\nMend them: statewide store verify {store_path} --repair"
         )
     typer.echo(f"{store_path}: all {len(manifest.files)} files have their checksums")
+
+
+def _note_repair(store_path: Path, mended: list[str]) -> None:
+    """Count it among the faults of the run whose own store this is."""
+    from launcher.run_folder import RunFolder
+    from state.training.fault_log import FaultLog
+
+    run = RunFolder(store_path.parent)
+    if store_path == run.store and run.config.is_file():
+        message = f"{len(mended)} files of the store were mended: {', '.join(mended)}"
+        FaultLog(run.path).add("shards_repaired", message, count=len(mended))

@@ -1,12 +1,14 @@
 """Inject the faults of a recipe's ``[faults]`` into a worker, for tests and drills.
 
-They happen where a worker asks for the first batch of a step, so the training loop itself knows
-nothing of them. Each leaves a marker in the run folder first and is not repeated: a worker group
-or a command that starts again meets no fault twice. Tested in ``tests/chaos``.
+They happen where a worker asks for the first batch of a step, or writes a checkpoint, so the
+training loop itself knows nothing of them. Each leaves a marker in the run folder first and is not
+repeated: a worker group or a command that starts again meets no fault twice. Tested in
+``tests/chaos``.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +26,8 @@ from launcher.errors import LaunchError
 from launcher.run_folder import RunFolder
 from state.config import TrainConfig
 from state.config_cluster import FaultsConfig
-from state.training.checkpoint import WEIGHTS_NAME
+from state.training.checkpoint import WEIGHTS_NAME, CheckpointFolder, Progress
+from state.training.engine import Engine
 from state.training.loop import BatchSource
 
 logger = logging.getLogger(__name__)
@@ -76,6 +80,27 @@ def with_faults(
             yield _inject(batches, faults, first_step, settings.grad_accum_steps, folder)
 
     return replace(source, open_train=open_train)
+
+
+def on_a_disk_that_fills(
+    checkpoints: CheckpointFolder, faults: FaultsConfig, folder: RunFolder
+) -> CheckpointFolder:
+    """Return the checkpoints on a disk that is full when ``faults`` says so."""
+    if faults.fill_disk_at_step is None:
+        return checkpoints
+    return _FullDisk(checkpoints, faults.fill_disk_at_step, folder)
+
+
+class _FullDisk(CheckpointFolder):
+    def __init__(self, real: CheckpointFolder, at_step: int, folder: RunFolder) -> None:
+        vars(self).update(vars(real))
+        self._at_step, self._run_folder = at_step, folder
+
+    def _write(self, engine: Engine, progress: Progress, partial: Path, final: Path) -> None:
+        is_due = progress.step >= self._at_step
+        if is_due and _is_first_time(self._run_folder, "fill_disk"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final))
+        super()._write(engine, progress, partial, final)
 
 
 def _inject(

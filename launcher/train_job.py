@@ -19,11 +19,12 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from data_store.files import write_text_atomically
 from data_store.schema import UserError
 from data_store.shared_copies import SharedCopies
 from launcher.errors import Interrupted, LaunchError, Preempted
+from launcher.failure_note import FailureNote
 from launcher.faults import InjectedFaultError
+from launcher.heartbeat import HungWorkerError
 from launcher.preemption import hear_preemption
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
@@ -32,9 +33,9 @@ from launcher.room_watch import RoomWatch, interruptible, watching
 from launcher.run_folder import RunFolder
 from launcher.train_worker import run_worker
 from launcher.training import TrainingConfig, TrainingTask
+from state.training.fault_log import FaultLog
 from state.training.monitor import read_metrics
 
-_FAILURE_NAME = "train_failure.txt"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -52,8 +53,8 @@ def train_with_ray(
         cluster lost were not back after ``wait_resources_s`` seconds.
     """
     folder = RunFolder(task.run_dir)
-    failure, ray_folder = folder.logs / _FAILURE_NAME, folder.logs / "ray"
-    failure.unlink(missing_ok=True)
+    failure, ray_folder = FailureNote(folder), folder.logs / "ray"
+    failure.prepare()
     # Ray would resume its own bookkeeping from an earlier run of the same name; ours is in the
     # checkpoints alone.
     shutil.rmtree(ray_folder, ignore_errors=True)
@@ -89,21 +90,25 @@ def train_with_ray(
             # Ray Train's own answer to Ctrl-C, after it has stopped the workers.
             raise Interrupted from None
         except TrainingFailedError as error:
-            if not failure.is_file():
+            if failure.read() is None:
                 raise _explain(error, folder, config) from error
         finally:
+            failure.close()
             # Of workers on this node that were killed; those of other nodes go at the next start.
             SharedCopies().remove_orphans()
-    if failure.is_file():
-        raise UserError(failure.read_text(encoding="utf-8"))
+    mistake = failure.read()
+    if mistake is not None:
+        raise UserError(mistake)
 
 
-def _explain(error: TrainingFailedError, folder: RunFolder, config: TrainingConfig) -> UserError:
+def _explain(error: Exception, folder: RunFolder, config: TrainingConfig) -> UserError:
     """Find the user's mistake among the workers' errors, or say where to look."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, UserError):
             return UserError(str(cause))
+        if isinstance(cause, HungWorkerError):
+            error = cause
     return LaunchError(
         f"training failed {config.cluster.max_failures + 1} times: {error}\nThe workers' logs are "
         f"in {folder.logs}; the run goes on from its last checkpoint when you run the same "
@@ -176,13 +181,18 @@ def show_training(folder: RunFolder, config: TrainingConfig, reporter: Reporter)
 
     The run folder is the channel: it is shared storage, so no extra connection can break.
     """
-    finished = threading.Event()
+    finished, faults = threading.Event(), FaultLog(folder.path)
     with reporter.track("training", config.train.max_steps, "steps") as tracker:
 
         def follow() -> None:
-            is_first = True
+            is_first, num_said = True, len(faults.read())
             while True:
                 stopping = finished.wait(_SECONDS_BETWEEN_LOOKS)
+                news = faults.read()[num_said:]
+                num_said += len(news)
+                for fault in news:
+                    if fault.kind != "start":
+                        reporter.say(f"  {fault.message}")
                 records = read_metrics(folder.metrics)
                 if records:
                     step = int(records[-1]["step"])
@@ -219,15 +229,15 @@ def _describe(records: list[dict[str, float]]) -> str:
 def _ray_worker(settings: dict[str, Any]) -> None:
     """Run one worker; a user's mistake is written down, since restarting would not mend it."""
     task: TrainingTask = settings["task"]
-    failure = RunFolder(task.run_dir).logs / _FAILURE_NAME
-    if failure.is_file():
+    failure = FailureNote(RunFolder(task.run_dir))
+    if failure.read() is not None:
         # Written by a rank of the group before this one: end at once, the driver tells it.
         return
     try:
         progress = run_worker(task, get_device())
     except UserError as error:
-        write_text_atomically(failure, str(error))
-        # Peers that did not see the mistake are in a collective call: end it for them now.
-        dist.destroy_process_group()
-        return
+        failure.write(str(error))
+        # Peers that did not see the mistake are in a collective call. Leaving the process group
+        # would not wake them: DeepSpeed holds its sockets open. Ray ends them.
+        raise
     ray.train.report({"step": progress.step, "val_loss": progress.val_loss})

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,15 +26,17 @@ from data_store.store import Store
 from launcher.batches import build_batch_source
 from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.errors import LaunchError
-from launcher.faults import with_faults
+from launcher.faults import on_a_disk_that_fills, with_faults
+from launcher.heartbeat import Heartbeat, WatchedEngine, watched
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
 from launcher.step_division import StepDivision
 from launcher.training import Place, Training, TrainingTask
 from state.config import RunConfig, TrainConfig
+from state.config_cluster import FaultsConfig
 from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
-from state.training.engine import Engine
+from state.training.fault_log import FaultLog
 from state.training.flops import FlopCounter
 from state.training.loop import BatchSource, train
 from state.training.monitor import Monitor
@@ -68,6 +71,8 @@ class TrainTask:
         objective = build_objective(config, store, splits).to(place.device)
         initialize(objective.model, config, folder if place.rank == 0 else None)
 
+        faults = config.faults if place.rank == config.faults.rank else FaultsConfig()
+
         def build_source() -> BatchSource[CellBatch]:
             source = build_batch_source(
                 config,
@@ -78,14 +83,13 @@ class TrainTask:
                 place.world_size,
                 as_counts=place.device.type == "cuda",
             )
-            if place.rank != config.faults.rank:
-                return source
-            return with_faults(source, config.faults, settings, place.world_size, folder)
+            return with_faults(source, faults, settings, place.world_size, folder)
 
         return Training(
             objective,
             build_source=build_source,
             build_flops=lambda: FlopCounter(objective.model),
+            faults=faults,
         )
 
 
@@ -107,24 +111,30 @@ def run_worker(
     )
 
     log_path = folder.logs / f"train_rank{rank}.log"
+    timeout_s = config.cluster.timeout_s
     with (
         full_disk_is_a_user_error(folder.path),
         log_to_file(log_path, rank),
-        only_writer(folder, config.cluster.timeout_s) if rank == 0 else nullcontext(),
+        only_writer(folder, timeout_s) if rank == 0 else nullcontext(),
+        Heartbeat(folder, rank, world_size) as heartbeat,
+        heartbeat.naming_hung_workers(timeout_s),
     ):
         training = task.build(config, settings, Place(rank, world_size, device))
         objective = training.objective
         objective.use_bf16 = uses_bf16(settings, device)
         prepare_model(objective.model, settings)
         flops = training.build_flops()
-        timeout_s = config.cluster.timeout_s
-        engine = Engine(objective, settings, deepspeed_config, device, timeout_s=timeout_s)
+        engine = WatchedEngine(
+            heartbeat, objective, settings, deepspeed_config, device, timeout_s=timeout_s
+        )
         checkpoints = CheckpointFolder(
             folder.checkpoints,
             task.run_fingerprint,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
+            note_damage=partial(_note_damage, folder),
         )
+        checkpoints = on_a_disk_that_fills(checkpoints, training.faults, folder)
         profiler = StepProfiler(
             folder.profile if rank == 0 else None, settings.profile_steps, device
         )
@@ -132,7 +142,7 @@ def run_worker(
             with Monitor(folder.path if rank == 0 else None) as monitor, profiler:
                 return train(
                     engine,
-                    training.build_source(),
+                    watched(training.build_source(), heartbeat, engine, settings),
                     checkpoints,
                     monitor,
                     settings,
@@ -143,6 +153,11 @@ def run_worker(
                 )
         finally:
             engine.close()
+
+
+def _note_damage(folder: RunFolder, message: str) -> None:
+    logger.warning(message)
+    FaultLog(folder.path).add("checkpoint_set_aside", message)
 
 
 def initialize(model: StateTransition, config: RunConfig, folder: RunFolder | None) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from launcher.step_division import StepDivision
 from state.config import RunConfig, TrainConfig
+from state.config_cluster import FaultsConfig
 from state.embed_config import EmbedConfig
 from state.embedding.objective import EmbeddingObjective
 from state.losses import SetObjective
@@ -39,6 +40,8 @@ class Training:
     """Opens the worker's share of the data."""
     build_flops: Callable[[], StepFlops]
     """Counts the arithmetic of the model as it is when this is called."""
+    faults: FaultsConfig = FaultsConfig()
+    """What is to happen to this worker's checkpoints; its data have theirs in them."""
 
 
 class TrainingTask(Protocol):

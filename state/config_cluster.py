@@ -35,3 +35,5 @@ class FaultsConfig(Section):
     """Turn the target cells of this step into NaN."""
     tear_checkpoint_at_step: PositiveInt | None = None
     """Cut the newest checkpoint's weights in half at the start of this step, and raise an error."""
+    fill_disk_at_step: PositiveInt | None = None
+    """Let this step's checkpoint, or the first one after it, meet a full disk."""

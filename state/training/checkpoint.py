@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +42,8 @@ FORMAT = "statewide-checkpoint"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.pt"
 DAMAGED_SUFFIX = ".damaged"
+# The second one where the end of the file did not fit.
+_TORCH_WRITE_ERRORS = ("inline_container", "iostream error")
 
 
 class CheckpointError(UserError):
@@ -89,15 +91,24 @@ class CheckpointFolder:
         Digest of everything the weights depend on; a checkpoint with another one is refused.
     keep_last, keep_best
         How many of the newest, and of those with the lowest validation loss, ``save`` keeps.
+    note_damage
+        Called with what is said of a damaged checkpoint that is set aside.
     """
 
     def __init__(
-        self, folder: Path, run_fingerprint: str, *, keep_last: int = 2, keep_best: int = 1
+        self,
+        folder: Path,
+        run_fingerprint: str,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        note_damage: Callable[[str], None] = logger.warning,
     ) -> None:
         self.folder = folder
         self.run_fingerprint = run_fingerprint
         self._keep_last = keep_last
         self._keep_best = keep_best
+        self._note_damage = note_damage
 
     def complete(self) -> list[Checkpoint]:
         """List the committed checkpoints in order of their step."""
@@ -156,13 +167,20 @@ class CheckpointFolder:
         """Write a checkpoint with all ranks, commit it, and prune the older ones (collective)."""
         final = self.folder / f"step_{progress.step:08d}"
         partial = final.with_name(f"{final.name}.partial")
-        try:
-            with full_disk_is_a_user_error(final), _torch_names_failed_writes():
+        with full_disk_is_a_user_error(final, self._usual_bytes()), _torch_names_failed_writes():
+            try:
                 self._write(engine, progress, partial, final)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         return final
+
+    def _usual_bytes(self) -> int | None:
+        """Return the size of the newest checkpoint: all of a run are about as large."""
+        newest = self.last()
+        if newest is None:
+            return None
+        return sum(path.stat().st_size for path in newest.folder.rglob("*") if path.is_file())
 
     def _write(self, engine: Engine, progress: Progress, partial: Path, final: Path) -> None:
         if engine.rank == 0:
@@ -225,12 +243,9 @@ class CheckpointFolder:
             if not damaged:
                 return checkpoint
             aside = checkpoint.folder.with_name(checkpoint.folder.name + DAMAGED_SUFFIX)
-            logger.warning(
-                "checkpoint %s is damaged (%s): set aside as %s, which may be removed; taking the "
-                "one before it",
-                checkpoint.folder,
-                ", ".join(damaged),
-                aside.name,
+            self._note_damage(
+                f"checkpoint {checkpoint.folder} is damaged ({', '.join(damaged)}): set aside as "
+                f"{aside.name}, which may be removed; taking the one before it"
             )
             # One of them to look at; a failing disk would fill up with them.
             for older in self.folder.glob(f"*{DAMAGED_SUFFIX}"):
@@ -315,7 +330,7 @@ def _torch_names_failed_writes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "inline_container" not in str(error):
+        if not any(part in str(error) for part in _TORCH_WRITE_ERRORS):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 

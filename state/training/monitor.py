@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from data_store.files import write_text_atomically
+from data_store.files import full_disk_is_a_user_error, write_text_atomically
+from state.training.fault_log import FaultLog
 from state.training.flops import StepFlops
 
 _GIB = 2**30
@@ -49,29 +50,43 @@ class Monitor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        # What a full disk refused is refused again: the error under way says it.
+        with suppress(OSError) if error is not None else self._writing_tensorboard():
             self._writer.close()
 
     def start(self, step: int) -> None:
-        """Open the files, dropping what was recorded after ``step``."""
+        """Open the files, dropping what was recorded after ``step``, and record the faults."""
         if self._run_dir is None:
             return
         path = self._run_dir / "metrics.jsonl"
+        faults = FaultLog(self._run_dir)
+        faults.begin(step, path.stat().st_mtime if path.is_file() else None)
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._writer = SummaryWriter(
-            log_dir=str(self._run_dir / "tb" / "train"), purge_step=step + 1
-        )
+        with self._writing_tensorboard() as folder:
+            self._writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1)
+        self.record(step, faults.count())
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one record: ``{"step": step, tag: value, ...}`` and a TensorBoard point a tag."""
         if self._run_dir is None or self._writer is None:
             return
-        with (self._run_dir / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+        path = self._run_dir / "metrics.jsonl"
+        with full_disk_is_a_user_error(path), path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **scalars}) + "\n")
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, global_step=step)
-        self._writer.flush()
+        with self._writing_tensorboard():
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, global_step=step)
+            self._writer.flush()
+
+    @contextmanager
+    def _writing_tensorboard(self) -> Iterator[Path]:
+        assert self._run_dir is not None
+        folder = self._run_dir / "tb" / "train"
+        with full_disk_is_a_user_error(folder):
+            yield folder
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.runs import losses, statewide, write_recipe
+from tests.support.runs import losses, read_records, statewide, write_recipe
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow]
 
@@ -14,6 +14,11 @@ SETTINGS = (
     *("train.max_steps=24", "train.checkpoint_every_steps=6", "train.val_every_steps=6"),
     *("statistics.enabled=false", "cluster.timeout_s=20"),
 )
+
+
+def newest_checkpoint(run_dir: Path) -> str:
+    """Return the last name in the folder, be it whole or not."""
+    return max(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,16 @@ def test_the_group_restarts_from_the_last_whole_checkpoint_after_each_fault(
     resumed_at = [int(step) for step in re.findall(r"resumed from .* \(step (\d+)\)", log)]
     assert resumed_at == [6, 6, 12, 12]
     assert "is damaged (model.pt): set aside as step_00000018.damaged" in log
+    hung = r"rank 1 on host \S+ \(process \d+\) has been in step 15, reading its batch, for 2\d s"
+    assert re.search(hung, log)
+    assert re.search(hung, " ".join((done.stdout + done.stderr).split()))
+    counted = [record for record in read_records(tmp_path / "run") if "faults/restarts" in record]
+    assert [record["faults/restarts"] for record in counted] == [0, 2, 4]
+    assert (counted[-1]["faults/hung_workers"], counted[-1]["faults/checkpoints_set_aside"]) == (
+        *(1, 1),
+    )
+    # The hang alone takes as long as the others wait.
+    assert 20 < counted[-1]["faults/seconds_lost"] < 480
     assert losses(tmp_path / "run") == uninterrupted
 
 
@@ -52,21 +67,26 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_what_was_good(tmp_pa
     done = statewide("train", path, *SETTINGS, quiet, "--local", "faults.nan_at_step=15")
     assert done.returncode == 2
     assert "at step 15 the loss" in done.stderr
-    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept[-1] == "step_00000012"
+    assert newest_checkpoint(tmp_path / "run") == "step_00000012"
 
 
 @pytest.mark.parametrize("alone_is_first", [False, True])
 def test_another_number_of_workers_goes_on_to_the_same_losses(
     alone_is_first: bool, uninterrupted: dict[str, list[float]], tmp_path: Path
 ):
-    """2 -> 1, and 1 -> 2: the driver gives up at the first failure, and is called again."""
+    """2 -> 1, and 1 -> 2: a full disk ends the first of them, restarts or not."""
     path = write_recipe(tmp_path)
-    first, second = ("--local",), ()
-    failing = ("cluster.max_failures=0", "faults.exception_at_step=15")
+    first, second = ("--local",), ("faults.rank=1",)
     if not alone_is_first:
         first, second = second, first
-    assert statewide("train", path, *SETTINGS, *failing, *first).returncode != 0
+    full = statewide("train", path, *SETTINGS, "faults.fill_disk_at_step=15", *first)
+    assert full.returncode == 2, full.stderr
+    assert "no space left on the disk of " in full.stderr
+    assert re.search(
+        r"step_00000018 \(.*; about [\d.]+ KiB are needed, [\d.]+ GiB are", full.stderr
+    )
+    assert len(losses(tmp_path / "run")["train/loss"]) == 18
+    assert newest_checkpoint(tmp_path / "run") == "step_00000012"
     resumed = statewide("train", path, *SETTINGS, *second)
     assert resumed.returncode == 0, resumed.stderr
     said = "1 workers wrote it, 2 go on" if alone_is_first else "2 workers wrote it, 1 go on"

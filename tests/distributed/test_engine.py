@@ -16,6 +16,7 @@ from torch import nn
 from launcher.deepspeed_config import complete_deepspeed_config
 from state.config import TrainConfig
 from state.training.checkpoint import CheckpointError, CheckpointFolder, Progress
+from state.training.engine import Engine
 from state.training.loop import advance
 from tests.support.distributed import spawn
 
@@ -46,11 +47,15 @@ class Regression(nn.Module):
 
 
 def make_engine(
-    stage: int, micro_batch_size: int, *, use_bf16: bool = False, timeout_s: float = 60
+    stage: int,
+    micro_batch_size: int,
+    *,
+    use_bf16: bool = False,
+    timeout_s: float = 60,
+    kind: type[Engine] = Engine,
+    first: tuple[object, ...] = (),
 ):
     import torch.distributed as dist
-
-    from state.training.engine import Engine
 
     settings = SETTINGS.model_copy(update={"micro_batch_size": micro_batch_size})
     config = complete_deepspeed_config(
@@ -60,7 +65,8 @@ def make_engine(
     )
     regression = Regression()
     regression.use_bf16 = use_bf16
-    return Engine(regression, settings, config, torch.device("cpu"), timeout_s=timeout_s)
+    device = torch.device("cpu")
+    return kind(*first, regression, settings, config, device, timeout_s=timeout_s)
 
 
 def run_steps(engine, first: int, last: int, micro_batch_size: int) -> list[tuple[float, float]]:

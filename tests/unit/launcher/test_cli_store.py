@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from launcher import cli
+from state.training.fault_log import FaultLog
 from tests.support.atlas import write_atlas
 
 
@@ -75,6 +76,14 @@ def test_verify_names_the_damaged_shard_and_repair_mends_it(statewide, store):
     assert code == 0
     assert "mended X/data/c/0" in out
     assert shard.read_bytes() == content
+    assert not (store.parent / "logs").exists()
+
+
+def test_what_is_mended_in_a_runs_own_store_is_counted(statewide, store):
+    (store.parent / "config.toml").touch()
+    (store / "X/data/c/0").unlink()
+    assert statewide("store", "verify", store, "--repair")[0] == 0
+    assert FaultLog(store.parent).count()["faults/shards_repaired"] == 1
 
 
 def test_other_commands_refuse_a_cut_shard(statewide, store, tmp_path):
