@@ -33,7 +33,7 @@ from launcher.cli_options import (
     parse_keep,
 )
 from launcher.cli_simulate import simulate
-from launcher.errors import Interrupted, Preempted
+from launcher.errors import EXIT_TRY_AGAIN, Interrupted, Preempted
 
 if TYPE_CHECKING:
     from launcher.pipeline import StageName
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-EXIT_TRY_AGAIN = 75
 
 
 class _Commands(typer.core.TyperGroup):
@@ -321,6 +320,8 @@ def main() -> NoReturn:
     # A shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
+    # Slurm's notice; while nothing trains there is nothing to save.
+    signal.signal(signal.SIGUSR1, _interrupt)
     try:
         with full_disk_is_a_user_error(Path.cwd()):
             app()
@@ -347,7 +348,7 @@ def main() -> NoReturn:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Answer SIGTERM as SIGINT: Ray lets that one through while it waits in C++."""
+    """Answer a signal as SIGINT: Ray lets that one through while it waits in C++."""
     del signum, frame
     os.kill(os.getpid(), signal.SIGINT)
 

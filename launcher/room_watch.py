@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from launcher.errors import LaunchError
+from launcher.errors import LaunchError, Preempted
 from launcher.preflight import describe_demand, describe_nodes, workers_that_fit
 from state.config_cluster import ClusterConfig
 
@@ -35,10 +35,19 @@ class RoomWatch:
         Seconds that a shortage may last.
     say
         Shows a line to the user.
+    is_stop_asked
+        Tells whether this process is about to be ended.
     """
 
-    def __init__(self, wanted: ClusterConfig, wait_s: float, say: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        wanted: ClusterConfig,
+        wait_s: float,
+        say: Callable[[str], object],
+        is_stop_asked: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._wanted, self._wait_s, self._say = wanted, wait_s, say
+        self._is_stop_asked = is_stop_asked
         self._short_since_s: float | None = None
 
     def look(self, nodes: Sequence[Mapping[str, float]], now_s: float) -> None:
@@ -48,6 +57,8 @@ class RoomWatch:
         ------
         LaunchError
             When the cluster has been too small for too long.
+        Preempted
+            When it is too small and this process was asked to leave: no worker is there to save.
         """
         fits = sum(workers_that_fit(node, self._wanted) for node in nodes)
         if fits >= self._wanted.num_workers:
@@ -55,6 +66,11 @@ class RoomWatch:
                 self._say(f"the cluster has room again, after {now_s - self._short_since_s:.0f} s")
             self._short_since_s = None
             return
+        if self._is_stop_asked():
+            raise Preempted(
+                "asked to leave while nodes are missing: nothing was trained since the last "
+                "checkpoint. Run the same command again to go on from there"
+            )
         lost = (
             f"training needs {describe_demand(self._wanted)}, but the cluster lost nodes and has "
             f"{describe_nodes(nodes)}, enough for {fits}"
@@ -120,11 +136,11 @@ def watching(
 
     Raises
     ------
-    LaunchError
+    LaunchError, Preempted
         The watch's, in place of the interrupt that it ended the block with.
     """
     finished, ending = threading.Event(), threading.Lock()
-    found: list[LaunchError] = []
+    found: list[LaunchError | Preempted] = []
 
     def follow() -> None:
         while not finished.wait(between_s):
@@ -135,7 +151,7 @@ def watching(
                 continue
             try:
                 watch.look(nodes, time.monotonic())
-            except LaunchError as error:
+            except (LaunchError, Preempted) as error:
                 with ending:
                     if not finished.is_set():
                         found.append(error)

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from launcher.errors import LaunchError
+from launcher.errors import EXIT_TRY_AGAIN, LaunchError
 from launcher.job_client import Head, JobInfo, explained
 from launcher.job_package import RECIPE_NAME, build_package
 from state.config import RunConfig
 
 _OUTPUT_DIR_KEY = "output_dir"
-# Between SIGTERM and SIGKILL: enough for the driver to stop its workers.
-_STOP_WAIT_S = 30
+# Between SIGTERM and SIGKILL: to train up to the next record, save, and stop the workers.
+_STOP_WAIT_S = 120
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -171,6 +171,8 @@ def explain_end(job: JobInfo, request_python: str = "python") -> tuple[str, int]
             "environment, or name its interpreter: --python /path/to/.venv/bin/python",
             2,
         )
+    if code == EXIT_TRY_AGAIN:
+        return f"{name} was asked to leave, and saved. Submit the same recipe again to go on", code
     if code is None:
         return f"{name} failed: {job.message}", 1
     return f"{name} failed with exit code {code}; its last words are above", code or 1

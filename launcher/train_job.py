@@ -25,7 +25,7 @@ from launcher.errors import Interrupted, LaunchError, Preempted
 from launcher.failure_note import FailureNote
 from launcher.faults import InjectedFaultError
 from launcher.heartbeat import HungWorkerError
-from launcher.preemption import hear_preemption
+from launcher.preemption import LeaveNote, hear_preemption
 from launcher.progress import Reporter
 from launcher.ray_cluster import own_signal_handlers
 from launcher.ray_nodes import RaySupply
@@ -36,6 +36,7 @@ from launcher.training import TrainingConfig, TrainingTask
 from state.training.fault_log import FaultLog
 from state.training.monitor import read_metrics
 
+_LEAVE_NAME = "train_leave.txt"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -44,6 +45,8 @@ def train_with_ray(
 ) -> None:
     """Train on ``cluster.num_workers`` Ray workers; a failed group restarts from ``last``.
 
+    A group that a node is about to be taken from saves and starts again on the other nodes.
+
     Raises
     ------
     UserError
@@ -51,7 +54,38 @@ def train_with_ray(
     LaunchError
         When the workers failed more often than ``cluster.max_failures``, or nodes that the
         cluster lost were not back after ``wait_resources_s`` seconds.
+    Preempted
+        When SIGTERM or SIGUSR1 asked this process to leave: a checkpoint was saved.
     """
+    folder = RunFolder(task.run_dir)
+    note = LeaveNote(folder.logs / _LEAVE_NAME)
+    note.clear()
+    # Ray's own meetings of the workers would wait for a lost one for ever.
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.cluster.timeout_s))
+    with (
+        hear_preemption(note.write) as is_stop_asked,
+        show_training(folder, config, reporter),
+        interruptible() as give_up,
+        watching(
+            RoomWatch(config.cluster, wait_resources_s, reporter.say, is_stop_asked),
+            RaySupply().nodes,
+            give_up,
+        ),
+    ):
+        while True:
+            step = _train_one_group(task, config)
+            if is_stop_asked():
+                raise _preempted(step, config)
+            if step >= config.train.max_steps:
+                return
+            reporter.say(
+                f"a node is being drained: saved a checkpoint at step {step}, and goes on from "
+                "there on the other nodes"
+            )
+
+
+def _train_one_group(task: TrainingTask, config: TrainingConfig) -> int:
+    """Train until the end, or until the workers were asked to leave; return the step reached."""
     folder = RunFolder(task.run_dir)
     failure, ray_folder = FailureNote(folder), folder.logs / "ray"
     failure.prepare()
@@ -59,7 +93,8 @@ def train_with_ray(
     # checkpoints alone.
     shutil.rmtree(ray_folder, ignore_errors=True)
     trainer = TorchTrainer(
-        _ray_worker,
+        # Typed as if it returned nothing; Ray gives back what rank 0 returns.
+        _ray_worker,  # type: ignore[arg-type]
         train_loop_config={"task": task},
         torch_config=TorchConfig(timeout_s=config.cluster.timeout_s),
         scaling_config=ScalingConfig(
@@ -76,29 +111,24 @@ def train_with_ray(
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
-    watch = RoomWatch(config.cluster, wait_resources_s, reporter.say)
-    with (
-        show_training(folder, config, reporter),
-        interruptible() as give_up,
-        watching(watch, RaySupply().nodes, give_up),
-    ):
-        try:
-            # Ray Train's own handler would outlive it, and swallow every later Ctrl-C.
-            with own_signal_handlers():
-                trainer.fit()
-        except SystemExit:
-            # Ray Train's own answer to Ctrl-C, after it has stopped the workers.
-            raise Interrupted from None
-        except TrainingFailedError as error:
-            if failure.read() is None:
-                raise _explain(error, folder, config) from error
-        finally:
-            failure.close()
-            # Of workers on this node that were killed; those of other nodes go at the next start.
-            SharedCopies().remove_orphans()
+    try:
+        # Ray Train's own handler would outlive it, and swallow every later Ctrl-C.
+        with own_signal_handlers():
+            result: Any = trainer.fit()
+    except SystemExit:
+        # Ray Train's own answer to Ctrl-C, after it has stopped the workers.
+        raise Interrupted from None
+    except TrainingFailedError as error:
+        if failure.read() is None:
+            raise _explain(error, folder, config) from error
+    finally:
+        failure.close()
+        # Of workers on this node that were killed; those of other nodes go at the next start.
+        SharedCopies().remove_orphans()
     mistake = failure.read()
     if mistake is not None:
         raise UserError(mistake)
+    return int(result.return_value)
 
 
 def _explain(error: Exception, folder: RunFolder, config: TrainingConfig) -> UserError:
@@ -137,11 +167,15 @@ def train_here(task: TrainingTask, config: TrainingConfig, reporter: Reporter) -
                 f"{error}: the drill's own error. Nothing restarts a run with --local: run the "
                 "same command again, and it goes on from the last checkpoint"
             ) from None
-    if progress.step < config.train.max_steps:
-        raise Preempted(
-            f"asked to leave: saved a checkpoint at step {progress.step} of "
-            f"{config.train.max_steps}. Run the same command again to go on from there"
-        )
+        if is_stop_asked():
+            raise _preempted(progress.step, config)
+
+
+def _preempted(step: int, config: TrainingConfig) -> Preempted:
+    return Preempted(
+        f"asked to leave: saved a checkpoint at step {step} of {config.train.max_steps}. Run the "
+        "same command again to go on from there"
+    )
 
 
 @contextmanager
@@ -226,18 +260,29 @@ def _describe(records: list[dict[str, float]]) -> str:
     return "  ".join(f"{name} {value:,.4g}" for name, value in shown.items() if value is not None)
 
 
-def _ray_worker(settings: dict[str, Any]) -> None:
-    """Run one worker; a user's mistake is written down, since restarting would not mend it."""
+def _ray_worker(settings: dict[str, Any]) -> int | None:
+    """Run one worker and return the step it reached.
+
+    A user's mistake is written down, since restarting would not mend it.
+    """
     task: TrainingTask = settings["task"]
     failure = FailureNote(RunFolder(task.run_dir))
     if failure.read() is not None:
         # Written by a rank of the group before this one: end at once, the driver tells it.
-        return
+        return None
+    note = LeaveNote(RunFolder(task.run_dir).logs / _LEAVE_NAME)
+    is_first = ray.train.get_context().get_world_rank() == 0
+
+    def is_stop_asked() -> bool:
+        # Every rank must ask Ray; it tells all of them the same.
+        is_node_leaving = ray.train.get_preemption_info() is not None
+        return is_node_leaving or (is_first and note.is_written())
+
     try:
-        progress = run_worker(task, get_device())
+        progress = run_worker(task, get_device(), is_stop_asked)
     except UserError as error:
         failure.write(str(error))
         # Peers that did not see the mistake are in a collective call. Leaving the process group
         # would not wake them: DeepSpeed holds its sockets open. Ray ends them.
         raise
-    ray.train.report({"step": progress.step, "val_loss": progress.val_loss})
+    return progress.step

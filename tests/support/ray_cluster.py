@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 _START_TIMEOUT_S = 180
+_COMMON = ["--object-store-memory", "100000000", "--block"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,50 @@ class RayHead:
 
     dashboard: str
     token: str
+    address: str
+    """For a driver on one of the cluster's machines."""
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables of a client that has the token."""
-        return {"RAY_AUTH_TOKEN": self.token, "RAY_API_SERVER_ADDRESS": self.dashboard}
+        return {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "RAY_API_SERVER_ADDRESS": self.dashboard,
+        }
+
+    @property
+    def ray_environment(self) -> dict[str, str]:
+        """All variables of a process that runs one of Ray's own commands."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        usage = {"RAY_USAGE_STATS_ENABLED": "0"}
+        return inherited | self.environment | usage | {"PATH": path}
+
+    @property
+    def worker_node_id(self) -> str:
+        """Ray's name of the worker node, the only one with CPUs until another joins."""
+        gcs = self.address.rpartition(":")[2]
+        [node_id] = [
+            option.removeprefix("--node_id=")
+            for process in psutil.process_iter(["name", "cmdline"])
+            if process.info["name"] == "raylet"
+            and any(word.endswith(f":{gcs}") for word in process.info["cmdline"])
+            and "--head" not in process.info["cmdline"]
+            for option in process.info["cmdline"]
+            if option.startswith("--node_id=")
+        ]
+        return node_id
+
+    @contextmanager
+    def another_node(self, num_cpus: int) -> Iterator[None]:
+        """Let a worker node join while the block runs."""
+        with tempfile.TemporaryFile("w") as log:
+            node = _start(["--address", self.address, "--num-cpus", num_cpus, *_COMMON], self, log)
+            try:
+                yield
+            finally:
+                _end(node)
 
 
 @contextmanager
@@ -39,22 +79,23 @@ def ray_cluster(num_cpus: int) -> Iterator[RayHead]:
     # Ray's socket names must stay below 108 characters: no folder of pytest's.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     port, dashboard = _free_port(), _free_port()
-    head = RayHead(f"http://127.0.0.1:{dashboard}", secrets.token_hex(16))
+    head = RayHead(
+        f"http://127.0.0.1:{dashboard}", secrets.token_hex(16), address=f"127.0.0.1:{port}"
+    )
     started: list[psutil.Popen] = []
     log = (folder / "start.log").open("w")
     try:
-        common = ["--object-store-memory", "100000000", "--block"]
         started.append(
             _start(
                 ["--head", "--port", port, "--dashboard-port", dashboard, "--num-cpus", 0]
-                + ["--temp-dir", folder, *common],
+                + ["--temp-dir", folder, *_COMMON],
                 head,
                 log,
             )
         )
         _wait_for_dashboard(head, started[0], folder)
         started.append(
-            _start(["--address", f"127.0.0.1:{port}", "--num-cpus", num_cpus, *common], head, log)
+            _start(["--address", head.address, "--num-cpus", num_cpus, *_COMMON], head, log)
         )
         yield head
     finally:
@@ -65,16 +106,9 @@ def ray_cluster(num_cpus: int) -> Iterator[RayHead]:
 
 
 def _start(options: list, head: RayHead, log) -> psutil.Popen:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    variables = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": head.token,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *map(str, options)]
     return psutil.Popen(
-        command, env=inherited | variables, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        command, env=head.ray_environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
     )
 
 

@@ -78,7 +78,11 @@ def statewide(
 
 @contextmanager
 def running_until_step(
-    step: int, run_dir: Path, *arguments: str | Path, log: Path
+    step: int,
+    run_dir: Path,
+    *arguments: str | Path,
+    log: Path,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen]:
     """Start the command line and give its process once training has recorded a step.
 
@@ -87,7 +91,10 @@ def running_until_step(
     with (
         log.open("w") as output,
         subprocess.Popen(
-            _command(arguments), stdout=output, stderr=output, env=_environment()
+            _command(arguments),
+            stdout=output,
+            stderr=output,
+            env=_environment() | dict(variables or {}),
         ) as process,
     ):
         try:

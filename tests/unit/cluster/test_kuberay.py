@@ -54,6 +54,12 @@ SPOILT: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     "two ways to delete": lambda m: m["spec"].update(deletionStrategy={}),
     "no cluster": lambda m: m["spec"].pop("rayClusterSpec"),
+    "hook of an unknown kind": lambda m: pods_of(m["spec"]["rayClusterSpec"])[0]["containers"][0][
+        "lifecycle"
+    ].update(beforeStop={}),
+    "hook without a command": lambda m: pods_of(m["spec"]["rayClusterSpec"])[0]["containers"][0][
+        "lifecycle"
+    ].update(preStop={"exec": {"command": "leave_node.sh"}}),
     "no deadline at all": lambda m: m["spec"].update(activeDeadlineSeconds=0),
 }
 
@@ -113,6 +119,15 @@ def test_workers_have_gpus_shared_memory_and_room_to_grow(cluster: dict[str, Any
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["authOptions"] == {"mode": "token", "secretName": "statewide-token"}
+
+
+def test_every_pod_says_that_it_leaves_and_has_the_time_to(cluster: dict[str, Any]):
+    dockerfile = (REPO_ROOT / "cluster" / "docker" / "Dockerfile").read_text()
+    for pod in pods_of(cluster):
+        script, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert f"COPY cluster/leave_node.sh {script}\n" in dockerfile
+        # Kubernetes kills when this is over, hook or not; Ray needs some of it to stop.
+        assert 60 <= int(seconds) <= pod["terminationGracePeriodSeconds"] - 15
 
 
 def test_the_job_resumes_in_a_new_cluster_and_fits_into_it():

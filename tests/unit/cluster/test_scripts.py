@@ -1,6 +1,7 @@
 """The shell scripts, run with stand-ins for ray, srun and scontrol that record what they get."""
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,7 +14,8 @@ from tests.support.runs import REPO_ROOT
 
 SBATCH = REPO_ROOT / "cluster" / "slurm" / "statewide.sbatch"
 START_NODE = REPO_ROOT / "cluster" / "start_node.sh"
-SCRIPTS = (SBATCH, START_NODE)
+LEAVE_NODE = REPO_ROOT / "cluster" / "leave_node.sh"
+SCRIPTS = (SBATCH, START_NODE, LEAVE_NODE)
 
 SLURM = {
     "SLURM_JOB_ID": "123456",
@@ -45,6 +47,10 @@ class Machine:
     @property
     def calls(self) -> list[str]:
         return self._calls.read_text().splitlines() if self._calls.exists() else []
+
+    def run_the_driver(self) -> None:
+        """Let srun start what comes after the options of ``ray symmetric-run``."""
+        self.add("srun", 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"')
 
     def command(self, *arguments: str | Path, **variables: str) -> dict:
         path = f"{self.bin}:/usr/bin:/bin"
@@ -93,7 +99,9 @@ def test_slurm_starts_ray_on_all_nodes_and_the_run_on_one(machine: Machine):
     assert ray_part.endswith("--num-cpus 16 --num-gpus 8")
     for refused in ("--head", "--port", "--node-ip-address", "--block"):
         assert refused not in ray_part
-    assert run_part == (
+    writes_its_number, driver = run_part.split(".pid ")
+    assert writes_its_number.startswith("bash -c echo ")
+    assert driver == (
         "statewide run my recipe.toml cluster.num_workers=24 cluster.use_gpu=true train.lr=0.1 "
         "--address node1:23456 --wait-resources 300"
     )
@@ -119,20 +127,136 @@ def test_slurm_hands_on_the_exit_code(machine: Machine):
     assert machine.run(SBATCH, "r.toml", **SLURM).returncode == 7
 
 
-def test_slurm_goes_back_to_the_queue_when_it_must_leave(machine: Machine, tmp_path: Path):
-    machine.add("srun", f"touch {tmp_path / 'started'}; sleep 1; exit 5")
-    with subprocess.Popen(**machine.command(SBATCH, "r.toml", **SLURM)) as job:
+def ask_to_leave(machine: Machine, tmp_path: Path, driver: str, **variables: str):
+    """Send Slurm's notice to the job once its driver is up; return its exit code and words."""
+    machine.run_the_driver()
+    machine.add("statewide", f"touch {tmp_path / 'started'}; {driver}")
+    command = machine.command(SBATCH, "r.toml", **SLURM, **variables)
+    with subprocess.Popen(**command, cwd=tmp_path) as job:
         deadline = time.monotonic() + 30
         while not (tmp_path / "started").exists():
             assert job.poll() is None, job.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        # The driver's trap is set just after.
+        time.sleep(0.2)
         job.send_signal(signal.SIGUSR1)
         output, _ = job.communicate(timeout=60)
+    return job.returncode, output
+
+
+WAITS = "i=0; while [ $i -lt 300 ]; do sleep 0.1; i=$((i + 1)); done"
+HEARS = f"trap 'echo driver: saved; exit {{code}}' USR1; {WAITS}"
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(75, True), (130, True), (2, False), (0, False)])
+def test_slurm_has_the_driver_save_and_goes_back_to_the_queue(
+    code: int, is_requeued: bool, machine: Machine, tmp_path: Path
+):
+    """75: saved. 130: nothing was being trained. 2 and 0 would be the same the next time."""
+    exit_code, output = ask_to_leave(machine, tmp_path, HEARS.format(code=code))
+    assert exit_code == code, output
+    assert "asked to leave" in output
+    assert "driver: saved" in output
+    assert machine.calls.count("scontrol requeue 123456") == is_requeued
+    assert not list(tmp_path.glob(".statewide-*"))
+
+
+def test_slurm_goes_back_to_the_queue_before_its_time_is_up(machine: Machine, tmp_path: Path):
+    """The driver does not manage to save: what the last checkpoint holds is kept."""
+    # What requeue does of itself: it ends the steps of the job.
+    ending = "kill $(cat .statewide-*.pid) || exit 1"
+    machine.add("scontrol", f'[ "$1" = show ] && echo node1 || {ending}')
+    exit_code, output = ask_to_leave(
+        machine, tmp_path, f"trap '' USR1; {WAITS}", STATEWIDE_SECONDS_TO_SAVE="1"
+    )
+    assert exit_code == 143, output
     assert "scontrol requeue 123456" in machine.calls
-    assert "back to the queue" in output
-    # It waits for the step, whose end scontrol has asked for, and hands on how that ended.
-    assert job.returncode == 5
+
+
+def test_slurm_starts_a_run_again_that_somebody_else_asked_to_leave(
+    machine: Machine, tmp_path: Path
+):
+    machine.add("srun", "exit 75")
+    done = subprocess.run(
+        **machine.command(SBATCH, "r.toml", **SLURM), cwd=tmp_path, timeout=60, check=False
+    )
+    assert done.returncode == 75
+    assert "scontrol requeue 123456" in machine.calls
+
+
+RAYLET = "7 /x/raylet --raylet_socket_name=/s --node_id=abc12 --gcs-address=10.0.0.1:6379 --head"
+
+
+def leave(machine: Machine, *, gcs: bool, raylet: bool, trains: int = 0, seconds: str = "9"):
+    """Run the script on a machine where these processes are; training goes on for some looks."""
+    looks = machine.home / "looks"
+    machine.add("pkill")
+    machine.add(
+        "pgrep",
+        f'case "$*" in'
+        f" *raylet) {'echo ' + RAYLET if raylet else 'exit 1'};;"
+        f" *gcs_server) exit {0 if gcs else 1};;"
+        f" *RayTrainWorker*) echo x >> {looks}; [ $(wc -l < {looks}) -le {trains} ];;"
+        " *) exit 9;; esac",
+    )
+    return machine.run(LEAVE_NODE, seconds)
+
+
+def test_a_worker_node_that_leaves_is_drained(machine: Machine):
+    done = leave(machine, gcs=False, raylet=True, trains=2)
+    assert done.returncode == 0, done.stdout
+    [drained] = [call for call in machine.calls if call.startswith("ray drain-node")]
+    assert "--address 10.0.0.1:6379 --node-id abc12 " in drained
+    assert drained.endswith("--deadline-remaining-seconds 9")
+    assert "env token " in machine.calls
+    # It waits until the training workers have gone.
+    assert (machine.home / "looks").read_text().count("x") == 3
+
+
+def test_a_head_that_leaves_is_not_drained_but_its_driver_is_told(machine: Machine):
+    done = leave(machine, gcs=True, raylet=True)
+    assert done.returncode == 0, done.stdout
+    assert [call.split(" -f ")[0] for call in machine.calls if call.startswith("pkill")] == [
+        "pkill -TERM"
+    ]
+    assert not [call for call in machine.calls if call.startswith("ray drain-node")]
+
+
+def test_a_machine_without_ray_leaves_at_once(machine: Machine):
+    assert leave(machine, gcs=False, raylet=False).returncode == 0
+    assert not [call for call in machine.calls if call.startswith("ray")]
+
+
+def test_what_does_not_end_is_not_waited_for_longer_than_asked(machine: Machine):
+    began = time.monotonic()
+    assert leave(machine, gcs=True, raylet=True, trains=99, seconds="2").returncode == 0
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("arguments", [["soon"], ["1", "2"], ["-1"]], ids=str)
+def test_leaving_takes_seconds_alone(machine: Machine, arguments: list[str]):
+    refused = machine.run(LEAVE_NODE, *arguments)
+    assert (refused.returncode, "usage:" in refused.stdout) == (2, True)
+    assert machine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("command", "is_driver"),
+    [
+        ("/opt/statewide/venv/bin/python3.11 /opt/statewide/venv/bin/statewide run a.toml", True),
+        ("python -m launcher.cli run recipe.toml --wait-resources 600", True),
+        ("/venv/bin/python /venv/bin/statewide embed train se.toml", True),
+        ("/bin/sh -c python -m launcher.cli run recipe.toml", False),
+        ("/opt/statewide/venv/bin/python /opt/statewide/venv/bin/ray start --block", False),
+        ("/venv/bin/python /venv/bin/statewide logs atlas --follow", False),
+        ("vi statewide run notes.txt", False),
+    ],
+    ids=str,
+)
+def test_drivers_are_told_by_their_command(command: str, is_driver: bool):
+    [pattern] = re.findall(r"^drivers='(.*)'$", LEAVE_NODE.read_text(), re.MULTILINE)
+    assert bool(re.search(pattern, command)) == is_driver
 
 
 def test_slurm_without_a_recipe_or_an_environment_says_so(machine: Machine):

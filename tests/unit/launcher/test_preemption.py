@@ -2,10 +2,11 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from launcher.preemption import hear_preemption
+from launcher.preemption import LeaveNote, hear_preemption
 
 
 class EndedAtOnceError(Exception):
@@ -33,3 +34,29 @@ def test_the_second_signal_ends_at_once(second: signal.Signals):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_the_notice_is_passed_on_once_and_read_elsewhere(tmp_path: Path):
+    path = tmp_path / "logs" / "leave.txt"
+    here, elsewhere = LeaveNote(path), LeaveNote(path)
+    assert not elsewhere.is_written()
+    here.clear()
+    inode = path.stat().st_ino
+    before = {number: signal.signal(number, end_at_once) for number in (signal.SIGTERM,)}
+    try:
+        with hear_preemption(here.write) as is_stop_asked:
+            assert not elsewhere.is_written()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert is_stop_asked()
+            assert elsewhere.is_written()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    # A file that is replaced may be read as it was for as long as NFS remembers its name.
+    assert path.stat().st_ino == inode
+    here.clear()
+    assert not elsewhere.is_written()
+
+
+def test_storage_that_does_not_answer_asks_nothing(tmp_path: Path):
+    assert not LeaveNote(tmp_path).is_written()

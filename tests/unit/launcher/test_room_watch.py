@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from launcher.errors import LaunchError
+from launcher.errors import LaunchError, Preempted
 from launcher.room_watch import RoomWatch, interruptible, watching
 from state.config_cluster import ClusterConfig
 
@@ -49,6 +49,19 @@ def test_without_any_room_fewer_workers_are_not_advised():
     with pytest.raises(LaunchError, match="0 CPUs and 0 GPUs on 0 nodes") as caught:
         watch.look([], 60)
     assert "cluster.num_workers=" not in str(caught.value)
+
+
+def test_a_notice_while_nodes_are_missing_is_not_waited_with():
+    """No worker is there to answer it; with all of them there, they do."""
+    wanted = ClusterConfig(num_workers=4, cpus_per_worker=1)
+    watch = RoomWatch(wanted, 60, [].append, lambda: True)
+    watch.look([NODE, NODE], 0)
+    with (
+        pytest.raises(Preempted, match="asked to leave while nodes are missing"),
+        interruptible() as give_up,
+        watching(watch, lambda: [NODE], give_up, between_s=0.01),
+    ):
+        threading.Event().wait(30)
 
 
 def test_the_block_ends_with_the_reason_of_the_watch():

@@ -187,6 +187,7 @@ def test_stopping_waits_for_the_end_and_tells_a_job_that_had_ended():
         (job("d-a1"), "succeeded", 0),
         (job("d-a1", "STOPPED"), "was stopped", 1),
         (job("d-a1", "FAILED", driver_exit_code=2), "exit code 2", 2),
+        (job("d-a1", "FAILED", driver_exit_code=75), "asked to leave, and saved", 75),
         (job("d-a1", "FAILED", driver_exit_code=127), "finds no 'python3.11'", 2),
         (job("d-a1", "FAILED", message="node died"), "node died", 1),
     ],
