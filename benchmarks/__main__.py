@@ -23,6 +23,7 @@ from benchmarks import (
     scaling,
     scaling_store,
     se,
+    se_step,
     step,
 )
 from benchmarks.errors import BenchmarkError
@@ -38,6 +39,7 @@ BENCHMARKS: Mapping[str, Callable[[Settings], Iterator[Finding]]] = {
     "atlas": scaling_store.run,
     "step": step.run,
     "se": se.run,
+    "se_step": se_step.run,
     "scaling": scaling.run,
     "evaluate": evaluate.run,
     "evaluate_large": evaluate.run_large,
