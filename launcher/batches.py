@@ -43,18 +43,8 @@ def build_batch_source(
     as_counts = as_counts and model.gene_space == "all" and reads_genes
     train_rows, val_rows = split_rows(store, splits, "train"), split_rows(store, splits, "val")
 
-    def build_sets(pert_rows: Rows, control_rows: Rows) -> CellSets:
-        return build_cell_sets(
-            store,
-            pert_rows,
-            control_rows,
-            cell_set_len=config.model.cell_set_len,
-            matching=config.data.control_matching,
-            seed=config.seed,
-            short_sets=config.data.short_sets,
-        )
-
-    train_sets, val_sets = build_sets(*train_rows), build_sets(*val_rows)
+    train_sets = build_train_sets(config, store, splits)
+    val_sets = _build_sets(config, store, *val_rows)
     copies = SharedCopies() if world_size > 1 else None
     cell_rows = open_rows(
         store,
@@ -117,6 +107,23 @@ def build_batch_source(
         ).with_weights()
 
     return BatchSource(open_train=open_train, iterate_val=iterate_val)
+
+
+def build_train_sets(config: RunConfig, store: Store, splits: Splits) -> CellSets:
+    """Build the cell sets that are trained on."""
+    return _build_sets(config, store, *split_rows(store, splits, "train"))
+
+
+def _build_sets(config: RunConfig, store: Store, pert_rows: Rows, control_rows: Rows) -> CellSets:
+    return build_cell_sets(
+        store,
+        pert_rows,
+        control_rows,
+        cell_set_len=config.model.cell_set_len,
+        matching=config.data.control_matching,
+        seed=config.seed,
+        short_sets=config.data.short_sets,
+    )
 
 
 def iterate_prediction_batches(

@@ -28,6 +28,7 @@ from launcher.deepspeed_config import complete_deepspeed_config
 from launcher.errors import LaunchError
 from launcher.faults import on_a_disk_that_fills, with_faults
 from launcher.heartbeat import Heartbeat, WatchedEngine, watched
+from launcher.non_finite import StepData, explain_with_data
 from launcher.objective import build_objective
 from launcher.run_folder import RunFolder
 from launcher.step_division import StepDivision
@@ -38,7 +39,7 @@ from state.recipe import load_resolved_config
 from state.training.checkpoint import CheckpointFolder, Progress
 from state.training.fault_log import FaultLog
 from state.training.flops import FlopCounter
-from state.training.loop import BatchSource, train
+from state.training.loop import BatchSource, NonFiniteError, train
 from state.training.monitor import Monitor
 from state.training.prepare import prepare_model
 from state.training.profiling import StepProfiler
@@ -90,6 +91,9 @@ class TrainTask:
             build_source=build_source,
             build_flops=lambda: FlopCounter(objective.model),
             faults=faults,
+            explain=lambda error: explain_with_data(
+                error, StepData(config, settings, store, splits, place.world_size), folder.logs
+            ),
         )
 
 
@@ -151,6 +155,12 @@ def run_worker(
                     flops,
                     is_stop_asked,
                 )
+        except NonFiniteError as error:
+            if rank == 0:
+                FaultLog(folder.path).add("non_finite_step", str(error), step=error.step)
+            if training.explain is None:
+                raise
+            raise training.explain(error) from error
         finally:
             engine.close()
 

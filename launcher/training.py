@@ -16,7 +16,7 @@ from state.embed_config import EmbedConfig
 from state.embedding.objective import EmbeddingObjective
 from state.losses import SetObjective
 from state.training.flops import StepFlops
-from state.training.loop import BatchSource
+from state.training.loop import BatchSource, NonFiniteError, TrainingError
 
 TrainingConfig: TypeAlias = RunConfig | EmbedConfig
 
@@ -42,6 +42,8 @@ class Training:
     """Counts the arithmetic of the model as it is when this is called."""
     faults: FaultsConfig = FaultsConfig()
     """What is to happen to this worker's checkpoints; its data have theirs in them."""
+    explain: Callable[[NonFiniteError], TrainingError] | None = None
+    """Adds the data of the step to what is said of a loss that is not finite."""
 
 
 class TrainingTask(Protocol):

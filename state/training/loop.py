@@ -33,6 +33,20 @@ class TrainingError(UserError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+class NonFiniteError(TrainingError):
+    """A loss or a gradient that is not finite."""
+
+    step = 0
+    """The first such step."""
+    ranks: tuple[int, ...] = ()
+    """Whose loss it was; all, where the losses were finite and the gradient was not."""
+    noted_at = 0
+    """The step at which training stopped for it."""
+    loss = math.nan
+    grad_norm = math.nan
+    """Of the step at which training stopped."""
+
+
 Batch = TypeVar("Batch", bound=TrainBatch)
 
 
@@ -186,13 +200,17 @@ def note_non_finite(first_bad: Tensor, losses: Tensor, step: int) -> Tensor:
 
 def refuse_non_finite(engine: Engine, loss: float, first_bad: Tensor, step: int) -> None:
     """Stop rather than train on, or save: weights after a NaN are worth nothing (collective)."""
-    first = min(engine.gather_objects(float(first_bad)))
-    grad_norm = engine.grad_norm
+    firsts = engine.gather_objects(float(first_bad))
+    first, grad_norm = min(firsts), engine.grad_norm
     if math.isfinite(loss) and math.isfinite(grad_norm) and math.isinf(first):
         return
-    raise TrainingError(
-        f"at step {int(min(first, step))} the loss or its gradient is not finite (step {step}: "
+    bad_step = int(min(first, step))
+    error = NonFiniteError(
+        f"at step {bad_step} the loss or its gradient is not finite (step {step}: "
         f"loss {loss:g}, gradient norm {grad_norm:g}). Checkpoints are "
         "only from before it. Look for extreme values in the input, or train with a lower train.lr "
         "in another output_dir (or in this one with --overwrite)"
     )
+    error.step, error.noted_at, error.loss, error.grad_norm = bad_step, step, loss, grad_norm
+    error.ranks = tuple(rank for rank, at in enumerate(firsts) if at == first)
+    raise error

@@ -1,11 +1,13 @@
 """Each fault of ``[faults]`` once: how training ends, and that the losses are the same."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from state.training.fault_log import FaultLog
 from tests.support.runs import losses, read_records, statewide, write_recipe
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow]
@@ -51,7 +53,7 @@ def test_the_group_restarts_from_the_last_whole_checkpoint_after_each_fault(
     assert re.search(hung, log)
     assert re.search(hung, " ".join((done.stdout + done.stderr).split()))
     counted = [record for record in read_records(tmp_path / "run") if "faults/restarts" in record]
-    assert [record["faults/restarts"] for record in counted] == [0, 2, 4]
+    assert [record["faults/restarts"] for record in counted] == [0, 1, 2, 3, 4]
     assert (counted[-1]["faults/hung_workers"], counted[-1]["faults/checkpoints_set_aside"]) == (
         *(1, 1),
     )
@@ -67,6 +69,16 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_what_was_good(tmp_pa
     done = statewide("train", path, *SETTINGS, quiet, "--local", "faults.nan_at_step=15")
     assert done.returncode == 2
     assert "at step 15 the loss" in done.stderr
+    named = re.search(
+        r"In that step rank 0 had cell sets of (\S+) \(context all, batch", done.stderr
+    )
+    assert named, done.stderr
+    record = json.loads((tmp_path / "run" / "logs" / "nan_step_15.json").read_text())
+    # Alone, a worker takes the sets of both in two micro-batches.
+    assert len(record["sets"]) == 4
+    assert record["sets"][0]["perturbation"] == named[1]
+    assert record["ranks"] == [0]
+    assert FaultLog(tmp_path / "run").count()["faults/non_finite_steps"] == 1
     assert newest_checkpoint(tmp_path / "run") == "step_00000012"
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from state.training.loop import TrainingError, note_non_finite, refuse_non_finite
+from state.training.loop import NonFiniteError, note_non_finite, refuse_non_finite
 
 
 class OneRank:
@@ -25,8 +25,9 @@ def note_all(*losses):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_the_first_bad_step_is_named_though_the_last_was_fine(bad):
     first_bad = note_all(1.0, bad, bad, 2.0)
-    with pytest.raises(TrainingError, match=r"at step 2 the loss .*step 4: loss 2"):
+    with pytest.raises(NonFiniteError, match=r"at step 2 the loss .*step 4: loss 2") as caught:
         refuse_non_finite(OneRank(), 2.0, first_bad, 4)
+    assert (caught.value.step, caught.value.ranks, caught.value.noted_at) == (2, (1,), 4)
 
 
 def test_finite_losses_go_on():
@@ -36,5 +37,7 @@ def test_finite_losses_go_on():
 def test_a_gradient_that_is_not_finite_is_refused():
     engine = OneRank()
     engine.grad_norm = math.inf
-    with pytest.raises(TrainingError, match="at step 3 the loss or its gradient"):
+    with pytest.raises(NonFiniteError, match="at step 3 the loss or its gradient") as caught:
         refuse_non_finite(engine, 2.0, note_all(1.0, 3.0, 2.0), 3)
+    # Nobody knows whose it was.
+    assert (caught.value.step, caught.value.ranks) == (3, (0, 1))
