@@ -1,5 +1,7 @@
 """Submit to a cluster with a dashboard, a token, and a head that takes no work."""
 
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ray_cluster import RayHead, ray_cluster
-from tests.support.runs import losses, read_records, statewide, write_recipe
+from tests.support.runs import REPO_ROOT, losses, read_records, statewide, write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -51,6 +53,43 @@ def test_stopped_half_way_and_submitted_again_it_goes_on(head: RayHead, tmp_path
     states = {line.split()[0]: line.split()[1] for line in ask(head, "list").stdout.splitlines()}
     assert states["tiny-a1"] == "STOPPED"
     assert states["tiny-a2"] == "SUCCEEDED"
+
+
+def test_the_command_of_the_readme_runs_as_it_stands_there(head: RayHead, tmp_path: Path):
+    """Only what HEAD, the recipe and the run folder stand for is put in."""
+    recipe, run_dir = write_recipe(tmp_path), tmp_path / "run"
+    recipe.write_text(
+        recipe.read_text().replace("max_steps = 60", "max_steps = 20")
+        + "[evaluate]\nbaselines = ['cell_mean']\n[statistics]\nenabled = false\n"
+    )
+    blocks = re.findall(r"^```\n(.*?)^```$", (REPO_ROOT / "README.md").read_text(), re.M | re.S)
+    [command] = [block for block in blocks if "ray job submit" in block]
+    for words, stands_for in (
+        ("http://HEAD:8265", head.dashboard),
+        ("/shared/recipes/atlas.toml", str(recipe)),
+        ("/shared/runs/atlas", str(run_dir)),
+    ):
+        assert command.count(words) == 1
+        command = command.replace(words, stands_for)
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f'#!/bin/bash\n[ "$*" = "HEAD cat .ray/auth_token" ] && echo {head.token}\n')
+    ssh.chmod(0o755)
+    client = {k: v for k, v in head.ray_environment.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=REPO_ROOT,
+        env=client | {"PATH": f"{tmp_path}:{client['PATH']}", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=480,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Job 'atlas-a1' succeeded" in done.stdout
+    assert done.stdout.count("Leaderboard") == 1
+    assert len(losses(run_dir)["train/loss"]) == 20
+    states = ask(head, "list").stdout
+    assert re.search(r"^atlas-a1 +SUCCEEDED", states, re.M), states
 
 
 def test_too_many_workers_end_the_job_at_the_deadline(head: RayHead, tmp_path: Path):

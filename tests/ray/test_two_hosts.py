@@ -1,4 +1,4 @@
-"""A head and two workers with addresses of their own: submit from outside, lose hosts, go on."""
+"""A head, two workers and a client with addresses of their own: submit, lose hosts, go on."""
 
 import re
 import time
@@ -93,9 +93,15 @@ def test_a_host_that_stays_away_ends_the_run_by_name(hosts: Network, tmp_path: P
 
 
 def ask(hosts: Network, command: str, *arguments):
-    """Run a command outside of all hosts."""
-    where = ("--address", hosts.dashboard)
-    return statewide(command, *arguments, *where, variables=hosts.environment, timeout_s=480)
+    """Run a command on a host that is no part of the cluster."""
+    return statewide(
+        command,
+        *arguments,
+        *("--address", hosts.dashboard),
+        variables=hosts.environment,
+        timeout_s=480,
+        prefix=hosts.client.prefix,
+    )
 
 
 def count_workers(host: Host) -> int:

@@ -1,7 +1,7 @@
 """Hosts made of network namespaces, each with an address of its own, joined by a bridge.
 
-The machine itself is on the bridge too, so a test can stand outside of all hosts. Needs root and
-iproute2; everything is removed afterwards, with all processes of the hosts.
+One of them runs nothing of the cluster: who submits sits there. Needs root and iproute2; everything
+is removed afterwards, with all processes of the hosts.
 """
 
 import os
@@ -56,7 +56,7 @@ class Host:
         if arguments[0] == "worker":
             options = options[:2]
         done = subprocess.run(
-            ["ip", "netns", "exec", self.name, START_NODE, *arguments, *options],
+            [*self.prefix, START_NODE, *arguments, *options],
             env=variables,
             capture_output=True,
             text=True,
@@ -64,6 +64,11 @@ class Host:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What makes a command run here, when it stands before it."""
+        return ("ip", "netns", "exec", self.name)
 
     def processes(self) -> list[psutil.Process]:
         """Return what runs on the host."""
@@ -92,12 +97,14 @@ class Network:
 
     head: Host
     workers: tuple[Host, ...]
+    client: Host
+    """Where users sit."""
     folder: Path
     """For Ray's files and the token."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of a client outside of the hosts."""
+        """Variables of a client."""
         token = (self.folder / ".ray" / "auth_token").read_text().strip()
         return {"RAY_AUTH_TOKEN": token}
 
@@ -140,11 +147,12 @@ def network(num_workers: int) -> Iterator[Network]:
         _ip("link", "add", bridge, "type", "bridge")
         _ip("address", "add", f"{subnet}.1/24", "dev", bridge)
         _ip("link", "set", bridge, "up")
-        for number in range(num_workers + 1):
+        for number in range(num_workers + 2):
             host = Host(f"sw{mark}h{number}", f"{subnet}.{number + 2}")
             hosts.append(host)
             _add_host(host, bridge, f"{subnet}.1")
-        yield Network(hosts[0], tuple(hosts[1:]), folder)
+        head, client, *workers = hosts
+        yield Network(head, tuple(workers), client, folder)
     finally:
         for host in hosts:
             with suppress(AssertionError):

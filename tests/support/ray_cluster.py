@@ -106,6 +106,8 @@ def ray_cluster(num_cpus: int) -> Iterator[RayHead]:
 
 
 def _start(options: list, head: RayHead, log) -> psutil.Popen:
+    # Where another Ray of this machine has the usual port, no job could be submitted.
+    options = [*options, "--dashboard-agent-listen-port", _free_port()]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *map(str, options)]
     return psutil.Popen(
         command, env=head.ray_environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL

@@ -63,11 +63,18 @@ def write_recipe(folder: Path) -> Path:
 
 
 def statewide(
-    *arguments: str | Path, timeout_s: float = 300, variables: Mapping[str, str] | None = None
+    *arguments: str | Path,
+    timeout_s: float = 300,
+    variables: Mapping[str, str] | None = None,
+    prefix: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end, with environment variables besides the usual ones."""
+    """Run the command line to its end.
+
+    ``variables`` go into the environment besides the usual ones, ``prefix`` stands before the
+    command.
+    """
     return subprocess.run(
-        _command(arguments),
+        [*prefix, *_command(arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,

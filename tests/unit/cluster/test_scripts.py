@@ -165,8 +165,9 @@ def test_slurm_has_the_driver_save_and_goes_back_to_the_queue(
 def test_slurm_goes_back_to_the_queue_before_its_time_is_up(machine: Machine, tmp_path: Path):
     """The driver does not manage to save: what the last checkpoint holds is kept."""
     # What requeue does of itself: it ends the steps of the job.
-    ending = "kill $(cat .statewide-*.pid) || exit 1"
-    machine.add("scontrol", f'[ "$1" = show ] && echo node1 || {ending}')
+    machine.add(
+        "scontrol", '[ "$1" = show ] && echo node1 || kill $(cat .statewide-*.pid) || exit 1'
+    )
     exit_code, output = ask_to_leave(
         machine, tmp_path, f"trap '' USR1; {WAITS}", STATEWIDE_SECONDS_TO_SAVE="1"
     )
