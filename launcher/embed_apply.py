@@ -49,7 +49,7 @@ from state.embedding.vocabulary import (
     load_saved_vocabulary,
     match_genes,
 )
-from state.training.checkpoint import Checkpoint
+from state.training.checkpoint_files import Checkpoint
 
 OBSM_KEY = "X_state"
 MAX_SCORED_CELLS = 256

@@ -11,7 +11,8 @@ from launcher.run_folder import RunFolder
 from launcher.training import TrainingConfig
 from state.embed_config import EmbedConfig
 from state.recipe import load_resolved_embed_config
-from state.training.checkpoint import Checkpoint, CheckpointFolder, find_damaged_files
+from state.training.checkpoint import CheckpointFolder
+from state.training.checkpoint_files import Checkpoint, find_damaged_files
 
 
 class EmbedFolder(RunFolder):

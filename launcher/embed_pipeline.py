@@ -35,7 +35,7 @@ from state.training.checkpoint import CheckpointFolder
 _NOT_IN_THE_WEIGHTS = {
     "train": {
         *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps"),
-        *("peak_tflops", "keep_last", "keep_best"),
+        *("peak_tflops", "keep_last", "keep_best", "save_in_background"),
     },
     "data": {"resident_gib", "prefetch_batches"},
 }

@@ -26,7 +26,8 @@ from launcher.errors import LaunchError
 from launcher.run_folder import RunFolder
 from state.config import TrainConfig
 from state.config_cluster import FaultsConfig
-from state.training.checkpoint import WEIGHTS_NAME, CheckpointFolder, Progress
+from state.training.checkpoint import CheckpointFolder
+from state.training.checkpoint_files import WEIGHTS_NAME, Progress
 from state.training.engine import Engine
 from state.training.loop import BatchSource
 

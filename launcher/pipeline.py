@@ -40,7 +40,8 @@ from launcher.train_job import train_here, train_with_ray
 from launcher.train_worker import TrainTask
 from state.config import RunConfig
 from state.leaderboard import CEILING
-from state.training.checkpoint import Checkpoint, CheckpointFolder, find_damaged_files
+from state.training.checkpoint import CheckpointFolder
+from state.training.checkpoint_files import Checkpoint, find_damaged_files
 from state.transition.initialize import find_weights
 
 StageName = Literal[
@@ -51,7 +52,7 @@ JUDGING_STAGES: tuple[StageName, ...] = ("predict", "evaluate")
 # Settings of [train] that change nothing about the weights.
 _NOT_IN_THE_WEIGHTS = {
     *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps", "peak_tflops"),
-    *("keep_last", "keep_best"),
+    *("keep_last", "keep_best", "save_in_background"),
 }
 # And of [evaluate] that change nothing about what is predicted.
 _NOT_IN_THE_PREDICTIONS = {"checkpoint", "folds", "seeds", "beside"}

@@ -43,7 +43,7 @@ from state.leaderboard import CEILING
 from state.metrics.profiles import Conventions
 from state.recipe import load_resolved_config
 from state.synthesis_choice import Choice, Synthesis, choose_synthesis
-from state.training.checkpoint import Checkpoint
+from state.training.checkpoint_files import Checkpoint
 
 TRUTH: Final = "real"
 """Name of the file with the true cells."""

@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     # Where that file lies; what it says is part of the training stage's fingerprint.
     "train.deepspeed:",
     "train.keep_best",
+    "train.save_in_background",
     "train.keep_last",
     "train.log_every_steps",
     "train.peak_tflops",

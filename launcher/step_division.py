@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from launcher.errors import LaunchError
 from state.config import RunConfig
 from state.embed_config import EmbedConfig
-from state.training.checkpoint import Checkpoint
+from state.training.checkpoint_files import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from launcher.training import Place, Training, TrainingTask
 from state.config import RunConfig, TrainConfig
 from state.config_cluster import FaultsConfig
 from state.recipe import load_resolved_config
-from state.training.checkpoint import CheckpointFolder, Progress
+from state.training.checkpoint import CheckpointFolder
+from state.training.checkpoint_files import Progress
 from state.training.fault_log import FaultLog
 from state.training.flops import FlopCounter
 from state.training.loop import BatchSource, NonFiniteError, train
@@ -136,6 +137,7 @@ def run_worker(
             task.run_fingerprint,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
+            in_background=settings.save_in_background,
             note_damage=partial(_note_damage, folder),
         )
         checkpoints = on_a_disk_that_fills(checkpoints, training.faults, folder)
@@ -156,6 +158,8 @@ def run_worker(
                     is_stop_asked,
                 )
         except NonFiniteError as error:
+            # Every rank is here, and the checkpoint under way is from before that step.
+            checkpoints.finish(engine)
             if rank == 0:
                 FaultLog(folder.path).add("non_finite_step", str(error), step=error.step)
             if training.explain is None:

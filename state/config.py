@@ -249,6 +249,9 @@ class TrainConfig(Section):
     """Newest checkpoints to keep; with 1 there is none to fall back on if it is damaged."""
     keep_best: PositiveInt = 1
     """Checkpoints with the lowest validation losses to keep beside them."""
+    save_in_background: bool = False
+    """Train on while a checkpoint is written: it is copied to host memory first, which must have
+    room for it, and counts from the first record after it is written."""
 
     @model_validator(mode="after")
     def _profiles_forwards(self) -> TrainConfig:

@@ -10,7 +10,7 @@ can be wrong. Nothing here knows the model.
 from __future__ import annotations
 
 import errno
-import json
+import functools
 import logging
 import math
 import os
@@ -31,53 +31,28 @@ from data_store.files import (
     write_json_atomically,
     write_text_atomically,
 )
-from data_store.schema import UserError
+from state.training.background import FileWriter, copy_to_host
+from state.training.checkpoint_files import (
+    DAMAGED_SUFFIX,
+    FORMAT,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    find_damaged_files,
+    hash_file,
+    hash_others,
+    read_checkpoint,
+)
 
 if TYPE_CHECKING:
     from state.training.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "statewide-checkpoint"
-FORMAT_VERSION = 1
-WEIGHTS_NAME = "model.pt"
-DAMAGED_SUFFIX = ".damaged"
 # The second one where the end of the file did not fit.
 _TORCH_WRITE_ERRORS = ("inline_container", "iostream error")
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used for this run."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands."""
-
-    step: int = 0
-    """Optimiser steps done."""
-    sets_consumed: int = 0
-    """Cell sets (ST) or cells (SE) consumed by all ranks together: the sampler's position."""
-    val_loss: float = math.inf
-    """Validation loss of these weights; infinite where they were not validated."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    folder: Path
-    progress: Progress
-    world_size: int
-    zero_stage: int
-    sets_per_step: int
-    is_bf16: bool
-    run_fingerprint: str
-
-    @property
-    def weights_path(self) -> Path:
-        """The file with all weights, for prediction without DeepSpeed."""
-        return self.folder / WEIGHTS_NAME
 
 
 class CheckpointFolder:
@@ -91,6 +66,8 @@ class CheckpointFolder:
         Digest of everything the weights depend on; a checkpoint with another one is refused.
     keep_last, keep_best
         How many of the newest, and of those with the lowest validation loss, ``save`` keeps.
+    in_background
+        Whether ``save`` returns when everything is copied, and writes while training goes on.
     note_damage
         Called with what is said of a damaged checkpoint that is set aside.
     """
@@ -102,17 +79,20 @@ class CheckpointFolder:
         *,
         keep_last: int = 2,
         keep_best: int = 1,
+        in_background: bool = False,
         note_damage: Callable[[str], None] = logger.warning,
     ) -> None:
         self.folder = folder
         self.run_fingerprint = run_fingerprint
         self._keep_last = keep_last
         self._keep_best = keep_best
+        self._in_background = in_background
         self._note_damage = note_damage
+        self._pending: _Pending | None = None
 
     def complete(self) -> list[Checkpoint]:
         """List the committed checkpoints in order of their step."""
-        found = [_read_checkpoint(path) for path in sorted(self.folder.glob("step_*[0-9]"))]
+        found = [read_checkpoint(path) for path in sorted(self.folder.glob("step_*[0-9]"))]
         return [checkpoint for checkpoint in found if checkpoint is not None]
 
     def last(self) -> Checkpoint | None:
@@ -164,16 +144,57 @@ class CheckpointFolder:
                 shutil.rmtree(universal, ignore_errors=True)
 
     def save(self, engine: Engine, progress: Progress) -> Path:
-        """Write a checkpoint with all ranks, commit it, and prune the older ones (collective)."""
+        """Write a checkpoint with all ranks, commit it, and prune the older ones (collective).
+
+        In the background, it is committed by a later ``settle``, ``finish`` or ``save``.
+        """
+        self.finish(engine)
         final = self.folder / f"step_{progress.step:08d}"
         partial = final.with_name(f"{final.name}.partial")
+        with self._cleaned_up(partial, final):
+            self._write(engine, progress, partial, final)
+        return final
+
+    def settle(self, engine: Engine) -> None:
+        """Commit what is written in the background, if all ranks are done with it (collective).
+
+        Raises
+        ------
+        FullDiskError
+            When the disk of any rank was full.
+        CheckpointError
+            When any rank could not write for another reason.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        parts = engine.gather_objects(pending.look())
+        if not all(part.is_done for part in parts):
+            return
+        self._pending = None
+        with self._cleaned_up(pending.partial, pending.final):
+            _raise_first([part.error for part in parts], pending.final)
+            if engine.rank == 0:
+                records = {name: value for part in parts for name, value in part.records.items()}
+                records |= hash_others(pending.partial, records)
+                self._commit(pending.partial, pending.final, records, pending.progress, engine)
+            engine.barrier()
+
+    def finish(self, engine: Engine) -> None:
+        """Wait for what is written in the background, and commit it (collective)."""
+        if self._pending is not None:
+            self._pending.writer.wait()
+            self.settle(engine)
+
+    @contextmanager
+    def _cleaned_up(self, partial: Path, final: Path) -> Iterator[None]:
+        """Leave nothing half-written when the block fails, and say what a full disk has."""
         with full_disk_is_a_user_error(final, self._usual_bytes()), _torch_names_failed_writes():
             try:
-                self._write(engine, progress, partial, final)
+                yield
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-        return final
 
     def _usual_bytes(self) -> int | None:
         """Return the size of the newest checkpoint: all of a run are about as large."""
@@ -187,6 +208,9 @@ class CheckpointFolder:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         engine.barrier()
+        if self._in_background:
+            self._pending = _begin_to_write(engine, progress, partial, final)
+            return
         engine.save(partial)
         weights = engine.full_state_dict()
         if engine.rank == 0:
@@ -286,44 +310,6 @@ class CheckpointFolder:
             )
 
 
-def find_damaged_files(folder: Path) -> list[str]:
-    """Return the names of files that are missing or differ from the checkpoint's manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return [
-        name
-        for name, record in manifest["files"].items()
-        if not (folder / name).is_file()
-        or (folder / name).stat().st_size != record["bytes"]
-        or sha256_of_file(folder / name) != record["sha256"]
-    ]
-
-
-def _read_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the checkpoint in a folder, or None where the commit marker does not match."""
-    manifest_path, commit_path = folder / "manifest.json", folder / "COMMIT"
-    if not (manifest_path.is_file() and commit_path.is_file()):
-        return None
-    if commit_path.read_text(encoding="utf-8").strip() != sha256_of_file(manifest_path):
-        return None
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    if manifest["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"checkpoint {folder} has format version {manifest['format_version']}; this "
-            f"statewide reads up to {FORMAT_VERSION}. Install a newer statewide"
-        )
-    progress = manifest["progress"]
-    val_loss = math.inf if progress["val_loss"] is None else progress["val_loss"]
-    return Checkpoint(
-        folder=folder,
-        progress=Progress(progress["step"], progress["sets_consumed"], val_loss),
-        world_size=manifest["world_size"],
-        zero_stage=manifest["zero_stage"],
-        sets_per_step=manifest["sets_per_step"],
-        is_bf16=manifest["is_bf16"],
-        run_fingerprint=manifest["run_fingerprint"],
-    )
-
-
 @contextmanager
 def _torch_names_failed_writes() -> Iterator[None]:
     """Turn what torch's zip writer says of a write that did not fit into the error it is."""
@@ -335,16 +321,54 @@ def _torch_names_failed_writes() -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one rank has done of a checkpoint that is written in the background."""
+
+    is_done: bool
+    error: BaseException | None
+    records: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written in the background, by one rank."""
+
+    progress: Progress
+    partial: Path
+    final: Path
+    writer: FileWriter
+
+    def look(self) -> _Part:
+        is_done = self.writer.is_done
+        return _Part(is_done, self.writer.error, self.writer.result if is_done else {})
+
+
+def _begin_to_write(engine: Engine, progress: Progress, partial: Path, final: Path) -> _Pending:
+    """Copy all that goes into a checkpoint, and begin to write it (collective)."""
+    files = engine.copy_files(partial)
+    weights = engine.full_state_dict()
+    if engine.rank == 0:
+        path = partial / WEIGHTS_NAME
+        files[path] = functools.partial(torch.save, copy_to_host(weights), path)
+    writer = FileWriter(files, lambda paths: dict(hash_file(path, partial) for path in paths))
+    return _Pending(progress, partial, final, writer)
+
+
+def _raise_first(errors: Sequence[BaseException | None], final: Path) -> None:
+    """Raise what kept any rank from writing, alike on every rank."""
+    for rank, error in enumerate(errors):
+        if isinstance(error, (OSError, RuntimeError)):
+            # Known by its number: a full disk has a message of its own.
+            raise error
+        if error is not None:
+            raise CheckpointError(f"rank {rank} could not write {final}: {error!r}") from error
+
+
 def _hash_files(folder: Path, engine: Engine) -> dict[str, dict[str, Any]]:
     """Hash all files, each rank its share, and return the records of all (collective)."""
     # One listing for all: on network storage two ranks may not see the same files yet.
     listing = sorted(path for path in folder.rglob("*") if path.is_file())
     files: Sequence[Path] = engine.broadcast_object(listing)
-    mine = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_of_file(path),
-        }
-        for path in files[engine.rank :: engine.world_size]
-    }
+    mine = dict(hash_file(path, folder) for path in files[engine.rank :: engine.world_size])
     return {name: record for part in engine.gather_objects(mine) for name, record in part.items()}

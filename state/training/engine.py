@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from state.config import TrainConfig
+from state.training.background import Write, copy_to_host
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +168,29 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write optimiser, weights and counters of all ranks under ``folder`` (collective)."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def copy_files(self, folder: Path) -> dict[Path, Write]:
+        """Copy what ``save`` would write to host memory (collective).
+
+        Returns
+        -------
+        File -> what writes it, by the rank that returned it and from any thread. What DeepSpeed
+        writes beside these (a script) lies under ``folder`` already.
+        """
+        files: dict[Path, Write] = {}
+        writer = self._engine.checkpoint_engine
+        write = writer.save
+
+        def keep(state_dict: Any, path: str) -> None:
+            files[Path(path)] = partial(write, copy_to_host(state_dict), path)
+
+        # Shadows the method for as long as DeepSpeed collects the files.
+        writer.save = keep
+        try:
+            self.save(folder)
+        finally:
+            del writer.save
+        return files
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote, with as many ranks as wrote it (collective).

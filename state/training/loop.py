@@ -21,7 +21,8 @@ from torch import Tensor
 from data_store.schema import UserError
 from state.batch_tensors import TrainBatch, to_device
 from state.config import TrainConfig
-from state.training.checkpoint import CheckpointFolder, Progress
+from state.training.checkpoint import CheckpointFolder
+from state.training.checkpoint_files import Progress
 from state.training.engine import Engine
 from state.training.flops import StepFlops, find_peak_tflops
 from state.training.monitor import Monitor, Stopwatch
@@ -104,6 +105,7 @@ def train(
                 scalars |= {"train/lr": lr, "train/grad_norm": engine.grad_norm}
                 monitor.record(progress.step, scalars | watch.read(engine.world_size))
                 is_leaving = any(engine.gather_objects(is_stop_asked()))
+                checkpoints.settle(engine)
 
             is_new_best = False
             if progress.step % settings.val_every_steps == 0 or is_last:
@@ -124,6 +126,7 @@ def train(
                 monitor.record(progress.step, {"time/checkpoint_s": seconds})
             if is_leaving:
                 break
+    checkpoints.finish(engine)
     return progress
 
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from launcher.deepspeed_config import complete_deepspeed_config
 from state.config import TrainConfig
-from state.training.checkpoint import CheckpointError, CheckpointFolder, Progress
+from state.training.checkpoint import CheckpointFolder
+from state.training.checkpoint_files import CheckpointError, Progress
 from state.training.engine import Engine
 from state.training.loop import advance
 from tests.support.distributed import spawn

@@ -10,7 +10,7 @@ from launcher.errors import LaunchError
 from launcher.step_division import StepDivision, divide_step
 from state.config import DataConfig, RunConfig, TrainConfig
 from state.config_cluster import ClusterConfig
-from state.training.checkpoint import Checkpoint, Progress
+from state.training.checkpoint_files import Checkpoint, Progress
 
 
 def recipe(micro_batch_size: int, grad_accum_steps: int, num_workers: int) -> RunConfig:
