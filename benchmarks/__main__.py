@@ -13,6 +13,7 @@ from typing import get_args
 
 from benchmarks import (
     arc_predictions,
+    checkpoint,
     differential,
     evaluate,
     evaluate_atlas,
@@ -41,6 +42,7 @@ BENCHMARKS: Mapping[str, Callable[[Settings], Iterator[Finding]]] = {
     "se": se.run,
     "se_step": se_step.run,
     "scaling": scaling.run,
+    "checkpoint": checkpoint.run,
     "evaluate": evaluate.run,
     "evaluate_large": evaluate.run_large,
     "evaluate_growth": evaluate_growth.run,
