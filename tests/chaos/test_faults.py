@@ -55,7 +55,7 @@ def test_the_group_restarts_from_the_last_whole_checkpoint_after_each_fault(
         assert seconds, said
         assert int(seconds[1]) >= 20
     counted = [record for record in read_records(tmp_path / "run") if "faults/restarts" in record]
-    assert [record["faults/restarts"] for record in counted] == [0, 1, 2, 3, 4]
+    assert [record["faults/restarts"] for record in counted] == [0, 2, 4]
     assert (counted[-1]["faults/hung_workers"], counted[-1]["faults/checkpoints_set_aside"]) == (
         *(1, 1),
     )
