@@ -14,7 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -114,7 +114,9 @@ class Heartbeat:
     def _write(self) -> None:
         started_s = time.monotonic()
         record = json.dumps(asdict(self._beat)).encode().ljust(_RECORD_BYTES)
-        os.pwrite(self._handle.fileno(), record, 0)
+        # Of failing storage others speak, and are heard: this is only a help.
+        with suppress(OSError):
+            os.pwrite(self._handle.fileno(), record, 0)
         self._spent_s += time.monotonic() - started_s
 
     @contextmanager

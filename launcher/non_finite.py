@@ -21,6 +21,7 @@ from data_store.files import write_json_atomically
 from data_store.hints import some
 from data_store.row_reader import RowReader, open_rows
 from data_store.sampler import SetSampler
+from data_store.schema import UserError
 from data_store.splits import Splits
 from data_store.store import Store
 from launcher.batches import build_train_sets
@@ -92,6 +93,13 @@ def explain_with_data(error: NonFiniteError, data: StepData, folder: Path) -> Tr
 
     Every worker calls it, and writes and says the same, so none waits for another.
     """
+    try:
+        return _explain(error, data, folder)
+    except UserError as unread:
+        return TrainingError(f"{error}. What data it had cannot be said: {unread}")
+
+
+def _explain(error: NonFiniteError, data: StepData, folder: Path) -> TrainingError:
     sets = [entry for rank in error.ranks for entry in data.describe(error.step, rank)]
     path = folder / f"nan_step_{error.step}.json"
     write_json_atomically(

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,24 +131,19 @@ def run_worker(
         engine = WatchedEngine(
             heartbeat, objective, settings, deepspeed_config, device, timeout_s=timeout_s
         )
-        checkpoints = CheckpointFolder(
-            folder.checkpoints,
-            task.run_fingerprint,
-            keep_last=settings.keep_last,
-            keep_best=settings.keep_best,
-            in_background=settings.save_in_background,
-            note_damage=partial(_note_damage, folder),
-        )
-        checkpoints = on_a_disk_that_fills(checkpoints, training.faults, folder)
         profiler = StepProfiler(
             folder.profile if rank == 0 else None, settings.profile_steps, device
         )
         try:
-            with Monitor(folder.path if rank == 0 else None) as monitor, profiler:
+            with (
+                naming_data(training, folder, rank),
+                Monitor(folder.path if rank == 0 else None) as monitor,
+                profiler,
+            ):
                 return train(
                     engine,
                     watched(training.build_source(), heartbeat, engine, settings),
-                    checkpoints,
+                    open_checkpoints(folder, task.run_fingerprint, settings, training.faults),
                     monitor,
                     settings,
                     config.seed,
@@ -157,21 +151,41 @@ def run_worker(
                     flops,
                     is_stop_asked,
                 )
-        except NonFiniteError as error:
-            # Every rank is here, and the checkpoint under way is from before that step.
-            checkpoints.finish(engine)
-            if rank == 0:
-                FaultLog(folder.path).add("non_finite_step", str(error), step=error.step)
-            if training.explain is None:
-                raise
-            raise training.explain(error) from error
         finally:
             engine.close()
 
 
-def _note_damage(folder: RunFolder, message: str) -> None:
-    logger.warning(message)
-    FaultLog(folder.path).add("checkpoint_set_aside", message)
+def open_checkpoints(
+    folder: RunFolder, run_fingerprint: str, settings: TrainConfig, faults: FaultsConfig
+) -> CheckpointFolder:
+    """Open the run's checkpoints; damaged ones that are set aside are counted as faults."""
+
+    def note_damage(message: str) -> None:
+        logger.warning(message)
+        FaultLog(folder.path).add("checkpoint_set_aside", message)
+
+    checkpoints = CheckpointFolder(
+        folder.checkpoints,
+        run_fingerprint,
+        keep_last=settings.keep_last,
+        keep_best=settings.keep_best,
+        in_background=settings.save_in_background,
+        note_damage=note_damage,
+    )
+    return on_a_disk_that_fills(checkpoints, faults, folder)
+
+
+@contextmanager
+def naming_data(training: Training, folder: RunFolder, rank: int) -> Iterator[None]:
+    """Add the data of the step to what is said of a loss that is not finite, and count it."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if rank == 0:
+            FaultLog(folder.path).add("non_finite_step", str(error), step=error.step)
+        if training.explain is None:
+            raise
+        raise training.explain(error) from error
 
 
 def initialize(model: StateTransition, config: RunConfig, folder: RunFolder | None) -> None:

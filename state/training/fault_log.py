@@ -116,7 +116,7 @@ class FaultLog:
         if not starts:
             self.add("start", "training begins", step=step)
             return
-        is_same_command = starts[-1].command == self._command()
+        is_same_command = starts[-1].command == self._command() != ""
         until_s = time.time() if is_same_command else last_record_s or 0.0
         lost_s = max(0.0, until_s - self._saved_s(step, starts))
         self.add(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -88,7 +88,7 @@ def train(
     watch = Stopwatch(flops, find_peak(settings, engine))
     first_bad = torch.full((), math.inf, dtype=torch.float64, device=engine.device)
 
-    with source.open_train(progress.sets_consumed) as batches:
+    with saves_finished(checkpoints, engine), source.open_train(progress.sets_consumed) as batches:
         while progress.step < settings.max_steps:
             seed_step(seed, progress.step, engine.rank)
             lr = learning_rate(progress.step, settings)
@@ -126,8 +126,18 @@ def train(
                 monitor.record(progress.step, {"time/checkpoint_s": seconds})
             if is_leaving:
                 break
-    checkpoints.finish(engine)
     return progress
+
+
+@contextmanager
+def saves_finished(checkpoints: CheckpointFolder, engine: Engine) -> Iterator[None]:
+    """Commit the checkpoint under way when training ends, or stops for a NaN on every rank."""
+    try:
+        yield
+    except NonFiniteError:
+        checkpoints.finish(engine)
+        raise
+    checkpoints.finish(engine)
 
 
 def train_step(

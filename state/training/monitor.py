@@ -40,6 +40,7 @@ class Monitor:
     def __init__(self, run_dir: Path | None) -> None:
         self._run_dir = run_dir
         self._writer: SummaryWriter | None = None
+        self._first_scalars: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +58,10 @@ class Monitor:
             self._writer.close()
 
     def start(self, step: int) -> None:
-        """Open the files, dropping what was recorded after ``step``, and record the faults."""
+        """Open the files, dropping what was recorded after ``step``.
+
+        The first record has the counters of faults besides its own scalars.
+        """
         if self._run_dir is None:
             return
         path = self._run_dir / "metrics.jsonl"
@@ -67,12 +71,13 @@ class Monitor:
         write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         with self._writing_tensorboard() as folder:
             self._writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1)
-        self.record(step, faults.count())
+        self._first_scalars = faults.count()
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one record: ``{"step": step, tag: value, ...}`` and a TensorBoard point a tag."""
         if self._run_dir is None or self._writer is None:
             return
+        scalars, self._first_scalars = {**scalars, **self._first_scalars}, {}
         path = self._run_dir / "metrics.jsonl"
         with full_disk_is_a_user_error(path), path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **scalars}) + "\n")

@@ -49,11 +49,13 @@ def test_the_group_restarts_from_the_last_whole_checkpoint_after_each_fault(
     resumed_at = [int(step) for step in re.findall(r"resumed from .* \(step (\d+)\)", log)]
     assert resumed_at == [6, 6, 12, 12]
     assert "is damaged (model.pt): set aside as step_00000018.damaged" in log
-    hung = r"rank 1 on host \S+ \(process \d+\) has been in step 15, reading its batch, for 2\d s"
-    assert re.search(hung, log)
-    assert re.search(hung, " ".join((done.stdout + done.stderr).split()))
+    hung = r"rank 1 on host \S+ \(process \d+\) has been in step 15, reading its batch, for (\d+) s"
+    for said in (log, " ".join((done.stdout + done.stderr).split())):
+        seconds = re.search(hung, said)
+        assert seconds, said
+        assert int(seconds[1]) >= 20
     counted = [record for record in read_records(tmp_path / "run") if "faults/restarts" in record]
-    assert [record["faults/restarts"] for record in counted] == [0, 1, 2, 3, 4]
+    assert [record["faults/restarts"] for record in counted] == [0, 2, 4]
     assert (counted[-1]["faults/hung_workers"], counted[-1]["faults/checkpoints_set_aside"]) == (
         *(1, 1),
     )

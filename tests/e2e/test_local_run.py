@@ -85,6 +85,7 @@ def test_tensorboard_and_metrics_hold_the_same_scalars(run_dir: Path):
     events.Reload()
     wanted = {"train/loss", "val/loss", "train/lr", "train/grad_norm"}
     wanted |= {"throughput/cells_per_s", "time/data_wait_pct", "memory/max_rss_gib"}
+    wanted |= {"faults/restarts", "faults/seconds_lost"}
     assert wanted <= set(events.Tags()["scalars"])
     written = [event.value for event in events.Scalars("train/loss")]
     assert written == pytest.approx(losses(run_dir)["train/loss"])

@@ -1,6 +1,8 @@
 """The sets of a step are found again: those that the step was trained on."""
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -89,3 +91,14 @@ def test_the_message_names_rank_and_sets_and_the_file_their_cells(data: StepData
     assert cells["non_finite_values"] == 0
     largest = store.read_matrix("hvg")[first.target_rows].max()
     assert cells["largest_value"] == pytest.approx(float(largest))
+
+
+def test_a_damaged_store_does_not_hide_the_loss(data: StepData, store: Store, tmp_path: Path):
+    error = NonFiniteError("at step 7 the loss is not finite")
+    error.step, error.ranks = 7, (0,)
+    moved = tmp_path / "store"
+    shutil.copytree(store.path, moved)
+    (moved / "obsm/X_hvg/c/0/0").unlink()
+    said = str(explain_with_data(error, replace(data, store=replace(store, path=moved)), tmp_path))
+    assert said.startswith("at step 7 the loss is not finite. What data it had cannot be said: ")
+    assert "store verify" in said
