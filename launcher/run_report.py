@@ -57,6 +57,7 @@ table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabu
 th, td { padding: 0.25rem 0.5rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #444; } th:first-child, td:first-child { text-align: left; }
+.facts td { text-align: left; }
 tr[class^="state"] td { font-weight: 600; background: #eaf3fa; } tr.ceiling td { color: #666; }
 figure { margin: 0; } figcaption { color: #555; font-size: 0.87rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.5rem; }
@@ -214,7 +215,7 @@ def _provenance_table(provenance: Mapping[str, Any]) -> str:
         f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>"
         for key, value in provenance.items()
     )
-    return f"<table><tbody>{rows}</tbody></table>"
+    return f"<table class='facts'><tbody>{rows}</tbody></table>"
 
 
 def collect_provenance(

@@ -62,7 +62,9 @@ def test_the_command_of_the_readme_runs_as_it_stands_there(head: RayHead, tmp_pa
         recipe.read_text().replace("max_steps = 60", "max_steps = 20")
         + "[evaluate]\nbaselines = ['cell_mean']\n[statistics]\nenabled = false\n"
     )
-    blocks = re.findall(r"^```\n(.*?)^```$", (REPO_ROOT / "README.md").read_text(), re.M | re.S)
+    blocks = re.findall(
+        r"^```[a-z]*\n(.*?)^```$", (REPO_ROOT / "README.md").read_text(), re.M | re.S
+    )
     [command] = [block for block in blocks if "ray job submit" in block]
     for words, stands_for in (
         ("http://HEAD:8265", head.dashboard),

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,21 @@ def test_the_notice_is_passed_on_once_and_read_elsewhere(tmp_path: Path):
 
 def test_storage_that_does_not_answer_asks_nothing(tmp_path: Path):
     assert not LeaveNote(tmp_path).is_written()
+
+
+def test_a_notice_while_nothing_trains_is_an_interruption():
+    """Unheard, SIGUSR1 would end the process at once, and nothing would be cancelled."""
+    command = (
+        "import os, signal, sys, time, launcher.doctor, launcher.cli\n"
+        "def examine():\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    time.sleep(60)\n"
+        "launcher.doctor.examine = examine\n"
+        "sys.argv = ['statewide', 'doctor']\n"
+        "launcher.cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "interrupted. Run the same command again" in done.stderr

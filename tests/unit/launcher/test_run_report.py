@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,22 +70,82 @@ def test_the_report_holds_everything_and_fetches_nothing(finished: tuple[RunConf
     assert list((folder.tensorboard / "evaluate").glob("events*"))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to open the report with")
-def test_a_browser_shows_the_report(finished: tuple[RunConfig, RunFolder], tmp_path: Path):
-    _, folder = finished
+@dataclass(frozen=True)
+class Shown:
+    """What a browser made of a page."""
+
+    dom: str
+    complaints: list[str]
+    """Lines of its console."""
+    fetched: set[str]
+    """Addresses that the page, not the browser itself, asked the network for."""
+
+
+def open_in_browser(page: Path, profile: Path) -> Shown:
     assert CHROMIUM is not None
-    shown = subprocess.run(
+    net_log = profile.with_suffix(".json")
+    done = subprocess.run(
         [
             *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
             *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-            f"--user-data-dir={tmp_path / 'profile'}",
-            folder.report.as_uri(),
+            *("--disable-sync", "--enable-logging=stderr", f"--log-net-log={net_log}"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}"),
+            page.as_uri(),
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
         check=True,
-    ).stdout
-    assert shown.count("<figure>") == 7
-    assert shown.rstrip().endswith("</html>")
-    assert "<h2>Provenance</h2>" in shown
+    )
+    asked = [event.get("params", {}) for event in json.loads(net_log.read_text())["events"]]
+    # The origin of a file is "null"; what the browser asks for itself is "not an origin".
+    return Shown(
+        done.stdout,
+        [line for line in done.stderr.splitlines() if ":CONSOLE:" in line],
+        {params["url"] for params in asked if params.get("initiator") in ("null", "file://")},
+    )
+
+
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium is installed to open the report with"
+)
+COUNT_DRAWN = (
+    "<script>addEventListener('load', () => { document.body.dataset.drawn = "
+    "[...document.images].filter(image => image.naturalWidth > 100).length })</script></body>"
+)
+
+
+@needs_browser
+def test_a_browser_shows_the_report_and_asks_for_nothing(
+    finished: tuple[RunConfig, RunFolder], tmp_path: Path
+):
+    _, folder = finished
+    page = tmp_path / "page.html"
+    page.write_text(folder.report.read_text(encoding="utf-8").replace("</body>", COUNT_DRAWN))
+    shown = open_in_browser(page, tmp_path / "profile")
+    assert shown.fetched == set()
+    assert shown.complaints == []
+    assert shown.dom.rstrip().endswith("</html>")
+    assert 'data-drawn="7"' in shown.dom
+    sections = re.split(r"<h2>(.*?)</h2>", shown.dom)
+    found = dict(zip(sections[1::2], sections[2::2], strict=True))
+    for heading, parts in {
+        "Leaderboard": (*(f'class="{model}"' for model in MODELS), "Loss on the train", "Overall"),
+        "Perturbations": ("PDS of each perturbation", "DES of each perturbation", "&lt;i&gt;p3"),
+        "Effects": ("True and predicted effects", "True against predicted", "Differential exp"),
+        "Configuration": ("cell_set_len = ", "[train]"),
+        "Provenance": ("<td>seed</td><td>&lt;7&gt;</td>",),
+    }.items():
+        for part in parts:
+            assert part in found[heading], (heading, part)
+
+
+@needs_browser
+def test_a_page_that_fetches_or_fails_would_be_noticed(tmp_path: Path):
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<html><body><img src="http://127.0.0.1:9/x.png"><script>nothing()</script></body></html>'
+    )
+    shown = open_in_browser(page, tmp_path / "profile")
+    assert shown.fetched == {"http://127.0.0.1:9/x.png"}
+    assert any("nothing is not defined" in line for line in shown.complaints)
