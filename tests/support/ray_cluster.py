@@ -25,6 +25,8 @@ class RayHead:
     """Where the head is, and what a client needs."""
 
     dashboard: str
+    address: str
+    """HEAD:PORT, for a client on one of the cluster's machines."""
     token: str
 
     @property
@@ -39,7 +41,8 @@ def ray_cluster(num_cpus: int) -> Iterator[RayHead]:
     # Ray's socket names must stay below 108 characters: no folder of pytest's.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     port, dashboard = _free_port(), _free_port()
-    head = RayHead(f"http://127.0.0.1:{dashboard}", secrets.token_hex(16))
+    address = f"127.0.0.1:{port}"
+    head = RayHead(f"http://127.0.0.1:{dashboard}", address, secrets.token_hex(16))
     started: list[psutil.Popen] = []
     log = (folder / "start.log").open("w")
     try:
@@ -53,9 +56,7 @@ def ray_cluster(num_cpus: int) -> Iterator[RayHead]:
             )
         )
         _wait_for_dashboard(head, started[0], folder)
-        started.append(
-            _start(["--address", f"127.0.0.1:{port}", "--num-cpus", num_cpus, *common], head, log)
-        )
+        started.append(_start(["--address", address, "--num-cpus", num_cpus, *common], head, log))
         yield head
     finally:
         for process in reversed(started):
