@@ -90,14 +90,11 @@ def apply(
     from data_store.expression_source import CellQuery, open_expression
     from launcher.embed_apply import ApplySettings, embed_file
     from launcher.embed_folder import best_checkpoint, open_embed_folder
-    from launcher.errors import LaunchError
+    from launcher.embed_parts import refuse_output
     from state.config import DataConfig
     from state.embedding.scores import describe_scores
 
-    if out.is_dir():
-        raise LaunchError(
-            f"--out {out} is a folder. Name the h5ad to write, such as {out}/new.h5ad"
-        )
+    refuse_output(out)
     folder, config = open_embed_folder(run_dir)
     checkpoint = best_checkpoint(folder)
     source = DataConfig(input=input_path).input

@@ -5,8 +5,6 @@ Parts that an interrupted run left are used if they are of the same model and in
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +23,14 @@ from data_store.expression_source import (
     read_block,
     stored_by_row,
 )
-from data_store.files import (
-    TransientError,
-    file_made_whole,
-    full_disk_is_a_user_error,
-    sha256_of_file,
-    write_json_atomically,
-)
+from data_store.files import file_made_whole, full_disk_is_a_user_error, sha256_of_file
 from data_store.locate import describe_input, find_files
 from data_store.schema import InputPath, StoreError, TaskRunner
 from data_store.store import Store
 from launcher.embed_data import EmbedDataset, list_gene_names
 from launcher.embed_folder import EmbedFolder
 from launcher.embed_model import load_embedder
+from launcher.embed_parts import parts_of
 from launcher.errors import LaunchError
 from launcher.stages import fingerprint
 from state.embed_config import EmbedConfig
@@ -160,7 +153,8 @@ def embed_file(
     Raises
     ------
     StoreError, ConfigError, LaunchError
-        For input that cannot be read or has no known gene, and an output that is the input.
+        For input that cannot be read or has no known gene, and an output that is the input or
+        that another process writes.
     """
     out = settings.out
     if not isinstance(expression.reader, Store) and out.resolve() in {
@@ -170,7 +164,6 @@ def embed_file(
     vocabulary, _ = load_saved_vocabulary(folder.vocabulary)
     columns = list_gene_names(expression.var, settings.gene_column, "--gene-column")
     match = match_genes(columns, vocabulary, where=str(source))
-    parts = out.with_name(f".{out.name}.parts")
     identity = fingerprint(
         _describe_source(source, expression),
         expression.query.layer,
@@ -179,28 +172,21 @@ def embed_file(
         settings.rows_per_block,
         _PARTS_VERSION,
     )
-    _prepare_parts(parts, identity)
-    try:
+    with parts_of(out, identity) as parts:
         with stored_by_row(
             expression, out.parent, run_tasks, rows_per_block=settings.rows_per_block
         ) as by_row:
             blocks = _cut_blocks(by_row, folder, config, checkpoint, match, settings, parts)
             found = list(run_tasks(embed_block, blocks, what="embedding", unit="cells"))
-    except StoreError as error:
-        # Input that was refused once is refused again: no use keeping the parts before it.
-        if not isinstance(error, TransientError):
-            shutil.rmtree(parts)
-        raise
-    scores = join_scores(found)
-    with full_disk_is_a_user_error(out):
-        provenance: dict[str, str | int] = {
-            "checkpoint_step": checkpoint.progress.step,
-            "run": config.name,
-            "run_fingerprint": checkpoint.run_fingerprint,
-        }
-        files = [block.part for block in blocks if block.part is not None]
-        write_embedding(out, OBSM_KEY, files, expression.obs, provenance)
-    shutil.rmtree(parts)
+        scores = join_scores(found)
+        with full_disk_is_a_user_error(out):
+            provenance: dict[str, str | int] = {
+                "checkpoint_step": checkpoint.progress.step,
+                "run": config.name,
+                "run_fingerprint": checkpoint.run_fingerprint,
+            }
+            files = [block.part for block in blocks if block.part is not None]
+            write_embedding(out, OBSM_KEY, files, expression.obs, provenance)
     return describe_match(match, str(source)), scores
 
 
@@ -208,17 +194,6 @@ def _describe_source(source: InputPath, expression: Expression) -> object:
     if isinstance(expression.reader, Store):
         return expression.reader.digest
     return describe_input(source)
-
-
-def _prepare_parts(parts: Path, identity: str) -> None:
-    """Keep the parts of the same work, and remove those of other work."""
-    record = parts / "identity.json"
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == identity:
-        return
-    shutil.rmtree(parts, ignore_errors=True)
-    with full_disk_is_a_user_error(parts):
-        parts.mkdir(parents=True)
-    write_json_atomically(record, identity)
 
 
 def _cut_blocks(

@@ -75,8 +75,10 @@ def list_gene_names(var: pd.DataFrame, column: str | None, key: str) -> Mapping[
         If the column is not there.
     """
     if column is not None and column not in var.columns:
+        there = ", ".join(map(str, var.columns)) or "none besides its index"
         raise ConfigError(
-            f"{key} = {column!r} is no column of var; it has {', '.join(map(str, var.columns))}"
+            f"{key} = {column!r} is no column of var, which has {there}. Leave {key} out to take "
+            "the index, or whichever text column matches most"
         )
     if column is not None:
         return {column: [str(name) for name in var[column]]}

@@ -73,6 +73,8 @@ class EmbedPipeline:
         """
         self._refuse_missing_inputs()
         deepspeed = read_deepspeed_json(self.config.train.deepspeed)
+        if overwrite or not self.folder.config.is_file():
+            self._refuse_before_it_begins()
         with self.folder.lock():
             self.folder.adopt(self.config, overwrite=overwrite)
             write_json_atomically(self.folder.deepspeed, deepspeed)
@@ -92,6 +94,11 @@ class EmbedPipeline:
                     f"genes.tables: {str(path)!r} does not exist or is not a file. Give the paths "
                     "of files saved as torch.save(dict[str, Tensor], path)"
                 )
+
+    def _refuse_before_it_begins(self) -> None:
+        """Find what would stop the first stages before there is a run folder, or it is cleared."""
+        open_datasets(self.config, load_vocabulary(self.config.genes.tables))
+        self._cluster.require(self.config)
 
     def _genes_stage(self) -> Stage:
         config = self.config

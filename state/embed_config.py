@@ -6,8 +6,9 @@ those of ST, with a cell in place of a cell set. Tests: ``tests/unit/state/embed
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +24,9 @@ from state.config_section import (
     Section,
     Seed,
 )
+
+FREEZABLE_PARTS = ("backbone", "head", "decoder")
+"""What ``train.freeze`` may name: the parts that SE has in common with ST."""
 
 
 class DatasetConfig(Section):
@@ -147,6 +151,20 @@ class EmbedConfig(Section):
     """Optimisation; ``micro_batch_size`` and ``val_max_sets`` count cells."""
     cluster: ClusterConfig = ClusterConfig()
     """Workers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _freezes_its_own_parts(cls, values: Any) -> Any:
+        """Before ``TrainConfig`` is read, which would list the parts of ST."""
+        train = values.get("train") if isinstance(values, Mapping) else None
+        parts = train.get("freeze") if isinstance(train, Mapping) else None
+        other = [p for p in parts if p not in FREEZABLE_PARTS] if isinstance(parts, list) else []
+        if other:
+            raise ValueError(
+                f"train.freeze = {other}: SE has no such part. It can freeze "
+                f"{', '.join(FREEZABLE_PARTS)}"
+            )
+        return values
 
     @model_validator(mode="after")
     def _trains_all_that_it_builds(self) -> EmbedConfig:

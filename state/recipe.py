@@ -36,7 +36,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         For a missing or malformed file, an unknown key (with the nearest known one), a value of
         the wrong type or range, or an environment variable that is not set.
     """
-    config = _validate(_read_tree(path, overrides), path, RunConfig)
+    tree = _read_tree(path, overrides)
+    if _find_kind(tree) is EmbedConfig:
+        raise ConfigError(
+            f"{path} is a recipe of SE, the cell embedding. Train it: statewide embed train {path}"
+        )
+    config = _validate(tree, path, RunConfig)
     return _absolute_paths(config, recipe_dir=path.parent.resolve())
 
 
@@ -48,18 +53,49 @@ def load_embed_config(path: Path, overrides: Sequence[str] = ()) -> EmbedConfig:
     ConfigError
         As ``load_config``.
     """
-    config = _validate(_read_tree(path, overrides), path, EmbedConfig)
+    tree = _read_tree(path, overrides)
+    if _find_kind(tree) is RunConfig:
+        raise ConfigError(
+            f"{path} is a recipe of ST, which predicts perturbed cells. Run it: statewide run "
+            f"{path}"
+        )
+    config = _validate(tree, path, EmbedConfig)
     return _absolute_embed_paths(config, recipe_dir=path.parent.resolve())
 
 
 def load_resolved_config(path: Path) -> RunConfig:
     """Read the ``config.toml`` of a run folder: resolved, so nothing is merged or expanded."""
-    return _validate(_read_toml(path), path, RunConfig)
+    tree = _read_toml(path)
+    if _find_kind(tree) is EmbedConfig:
+        raise ConfigError(
+            f"{path.parent} is a run of SE, the cell embedding. It embeds cells: statewide embed "
+            f"apply {path.parent} INPUT --out OUT.h5ad"
+        )
+    return _validate(tree, path, RunConfig)
 
 
 def load_resolved_embed_config(path: Path) -> EmbedConfig:
     """Read the ``config.toml`` of a run folder of SE."""
-    return _validate(_read_toml(path), path, EmbedConfig)
+    tree = _read_toml(path)
+    if _find_kind(tree) is RunConfig:
+        raise ConfigError(
+            f"{path.parent} is a run of ST, which predicts perturbed cells: statewide predict "
+            f"{path.parent} --out OUT.h5ad. To embed cells, give the folder of a run of SE "
+            "(statewide embed train)"
+        )
+    return _validate(tree, path, EmbedConfig)
+
+
+def _find_kind(tree: Mapping[str, Any]) -> type[RunConfig] | type[EmbedConfig] | None:
+    """Tell a recipe of ST from one of SE by the tables that one alone has; None: neither, both."""
+    of_st = set(RunConfig.model_fields) - set(EmbedConfig.model_fields)
+    of_se = set(EmbedConfig.model_fields) - set(RunConfig.model_fields)
+    data = tree.get("data")
+    is_st = bool(of_st & tree.keys()) or (isinstance(data, Mapping) and "input" in data)
+    is_se = bool(of_se & tree.keys())
+    if is_st == is_se:
+        return None
+    return RunConfig if is_st else EmbedConfig
 
 
 def _read_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:

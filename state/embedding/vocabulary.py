@@ -146,7 +146,7 @@ def describe_match(match: GeneMatch, where: str) -> str:
     )
     for what, names in (("missing", match.missing), ("named twice", match.duplicates)):
         if names:
-            shown = ", ".join(names[:MAX_NAMES_IN_MESSAGE])
+            shown = ", ".join(name.strip() or "(no name)" for name in names[:MAX_NAMES_IN_MESSAGE])
             more = len(names) - MAX_NAMES_IN_MESSAGE
             text += f"; {what}: {shown}{f' and {more:,} more' if more > 0 else ''}"
     return text
@@ -202,6 +202,11 @@ def _read_table(path: Path) -> list[tuple[str, Tensor, str]]:
             if not isinstance(gene, str) or not isinstance(vector, Tensor) or vector.ndim != 1:
                 raise ConfigError(
                     f"genes.tables: {where} has no vector for {gene!r}; expected dict[str, Tensor]"
+                )
+            if not gene.strip():
+                raise ConfigError(
+                    f"genes.tables: {where} has a vector for a gene without a name ({gene!r}). "
+                    "Name it, or leave it out of the table"
                 )
             found.append((gene, vector.float(), where))
     return found

@@ -111,6 +111,24 @@ def test_mistakes_are_named_and_leave_nothing(recipe: Path, tmp_path: Path):
     assert "statewide preprocess" in storeless.stderr
     st_run = statewide("predict", folder / "run", "--out", out)
     assert st_run.returncode == 2
+    assert "is a run of SE" in st_run.stderr
+
+
+def test_a_training_that_is_refused_begins_no_run_folder(recipe: Path, tmp_path: Path):
+    """Nor does it clear one that is there."""
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for override, part in (
+        (f"genes.tables=['{tmp_path}/empty.pt']", "not a file of plain tensors"),
+        ("datasets.one.gene_column=ensembl", "datasets.one.gene_column = 'ensembl'"),
+        ("train.freeze=['pert_encoder']", "backbone, head, decoder"),
+    ):
+        arguments = ("embed", "train", recipe, override, "--local")
+        refused = statewide(*arguments, f"output_dir={tmp_path}/run")
+        assert refused.returncode == 2
+        assert part in refused.stderr
+        assert not (tmp_path / "run").exists()
+    assert statewide(*arguments[:-2], override, "--overwrite", "--local").returncode == 2
+    assert (recipe.parent / "run" / "scores.json").exists()
 
 
 def test_parts_of_an_interrupted_run_are_used(recipe: Path, tmp_path: Path):

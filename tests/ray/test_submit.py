@@ -1,4 +1,4 @@
-"""Submit to a cluster with a dashboard, a token, and a head that takes no work."""
+"""Submit to a cluster with a dashboard, a token, and a head that takes no work; SE beside it."""
 
 import re
 import subprocess
@@ -6,8 +6,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import anndata as ad
+import numpy as np
 import pytest
 
+from tests.support.embed_runs import write_embed_recipe
 from tests.support.ray_cluster import RayHead, ray_cluster
 from tests.support.runs import REPO_ROOT, losses, read_records, statewide, write_recipe
 
@@ -125,6 +128,32 @@ def test_without_the_right_token_nothing_is_told(
     assert refused.returncode == 2
     assert part in refused.stderr
     assert refused.stdout == ""
+
+
+def test_se_on_two_workers_trains_and_embeds_as_one_process(head: RayHead, tmp_path: Path):
+    """Alone, ``--local`` takes both workers' micro-batches; sums of floats differ in order."""
+    recipe = write_embed_recipe(tmp_path)
+    pair, alone = tmp_path / "run", tmp_path / "alone"
+    settings = ("cluster.num_workers=2", "train.micro_batch_size=4")
+    here = ("--address", head.address)
+    trained = ask(head, "embed", "train", recipe, *settings, *here, RAY_AUTH_MODE="token")
+    assert trained.returncode == 0, trained.stderr
+    finished = statewide("embed", "train", recipe, *settings, f"output_dir={alone}", "--local")
+    assert finished.returncode == 0, finished.stderr
+    two, one = losses(pair), losses(alone)
+    assert len(two["train/loss"]) == 12
+    for tag, values in two.items():
+        np.testing.assert_allclose(values, one[tag], rtol=1e-4, err_msg=tag)
+
+    apply = ("embed", "apply", pair, tmp_path / "two.h5ad", "--rows-per-block", "30", "--out")
+    tables = []
+    for name, where in (("ray", here), ("local", ("--local",))):
+        out = tmp_path / f"{name}.h5ad"
+        embedded = ask(head, *apply, out, *where, RAY_AUTH_MODE="token")
+        assert embedded.returncode == 0, embedded.stderr
+        tables.append(ad.read_h5ad(out))
+    assert tables[0].obs_names.equals(tables[1].obs_names)
+    np.testing.assert_allclose(tables[0].obsm["X_state"], tables[1].obsm["X_state"], atol=1e-5)
 
 
 def ask(head: RayHead, *arguments: str | Path, **variables: str):

@@ -28,7 +28,7 @@ class RayHead:
     dashboard: str
     token: str
     address: str
-    """For a driver on one of the cluster's machines."""
+    """HEAD:PORT, for a driver on one of the cluster's machines."""
 
     @property
     def environment(self) -> dict[str, str]:

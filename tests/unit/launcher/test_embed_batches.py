@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -152,6 +153,11 @@ def test_a_gene_column_that_is_not_there_is_named(recipe: Path):
     config = load_embed_config(recipe, ["datasets.two.gene_column=ensembl"])
     with pytest.raises(ConfigError, match=r"datasets.two.gene_column = 'ensembl'"):
         open_datasets(config, load_vocabulary(config.genes.tables))
+
+
+def test_a_var_without_columns_has_its_index():
+    with pytest.raises(ConfigError, match=r"--gene-column = 'symbol'.*none besides its index"):
+        list_gene_names(pd.DataFrame(index=["A"]), "symbol", "--gene-column")
 
 
 def test_text_columns_of_var_are_candidates(recipe: Path):

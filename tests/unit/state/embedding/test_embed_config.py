@@ -16,7 +16,13 @@ from state.embed_config import (
     GeneTableConfig,
     SequenceConfig,
 )
-from state.recipe import dump_config, load_embed_config, load_resolved_embed_config
+from state.recipe import (
+    dump_config,
+    load_config,
+    load_embed_config,
+    load_resolved_config,
+    load_resolved_embed_config,
+)
 
 REPO_ROOT = Path(__file__).resolve().parents[4]
 MINIMAL = """
@@ -101,6 +107,7 @@ def test_a_resolved_config_reads_back_unchanged(
         (["model.num_heads=5"], ["num_heads = 5 does not divide hidden_dim = 672"]),
         (["model.norm=mid"], ["model.norm = 'mid'", "post"]),
         (["genes.tables=[]"], ["genes.tables"]),
+        (["train.freeze=['cell_encoder', 'head']"], ["'cell_encoder'", "backbone, head, decoder"]),
         (["loss.dataset_weight=0"], ["loss.dataset_weight = 0", "several"]),
         (["loss.shared_weight=0"], ["loss.shared_weight = 0"]),
         (
@@ -113,3 +120,27 @@ def test_mistakes_are_named(recipe: Path, overrides: list[str], parts: list[str]
     with pytest.raises(ConfigError) as caught:
         load_embed_config(recipe, overrides)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_what_both_models_have_may_be_frozen(recipe: Path):
+    freeze = load_embed_config(recipe, ["train.freeze=['head', 'decoder']"]).train.freeze
+    assert freeze == ("head", "decoder")
+
+
+def test_the_other_models_recipe_and_run_folder_are_named(recipe: Path, tmp_path: Path):
+    """With the command that takes them."""
+    st_recipe = tmp_path / "st.toml"
+    st_recipe.write_text('name = "s"\noutput_dir = "out"\n[data]\ninput = "a.h5ad"\n')
+    runs = {}
+    for name, config in (("se", load_embed_config(recipe)), ("st", load_config(st_recipe))):
+        runs[name] = tmp_path / name / "config.toml"
+        runs[name].parent.mkdir()
+        runs[name].write_text(dump_config(config))
+    with pytest.raises(ConfigError, match=r"st is a run of ST.*statewide predict .*/st --out"):
+        load_resolved_embed_config(runs["st"])
+    with pytest.raises(ConfigError, match=r"se is a run of SE.*statewide embed apply .*/se INPUT"):
+        load_resolved_config(runs["se"])
+    with pytest.raises(ConfigError, match=r"recipe of ST.*statewide run .*st.toml"):
+        load_embed_config(st_recipe)
+    with pytest.raises(ConfigError, match=r"recipe of SE.*statewide embed train .*recipe.toml"):
+        load_config(recipe)

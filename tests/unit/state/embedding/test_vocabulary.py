@@ -41,6 +41,7 @@ def test_tables_of_several_files_and_species_are_joined(tmp_path: Path):
         ([{"A": torch.ones(2), "B": torch.ones(3)}], ["one width", "2", "3"]),
         ([{"A": torch.tensor([1.0, float("nan")])}], ["'A'", "not finite"]),
         ([{"A": [1, 2]}], ["'A'", "dict[str, Tensor]"]),
+        ([{"A": torch.ones(2), " ": torch.ones(2)}], ["0.pt", "without a name", "leave it out"]),
         ([[1]], ["a list, not a dict"]),
         ([{}], ["no gene"]),
     ],
@@ -76,6 +77,12 @@ def test_missing_and_repeated_genes_are_reported():
         "d: 2 of 4 genes are in the gene table (by index); missing: x; named twice: B"
     )
     assert match.report()["num_matched"] == 2
+
+
+def test_genes_without_a_name_are_missing():
+    match = match_genes({"index": ["", "A"]}, VOCABULARY, where="d")
+    assert match.token_G.tolist() == [-1, 0]
+    assert "missing: (no name)" in describe_match(match, "d")
 
 
 def test_a_dataset_without_any_known_gene_is_refused():
