@@ -20,7 +20,7 @@ import typer.core
 from pydantic import ValidationError
 
 from data_store.files import full_disk_is_a_user_error
-from data_store.schema import SPLIT_NAMES, GeneChoice, HvgFlavor, UserError
+from data_store.schema import GeneChoice, HvgFlavor, UserError
 from launcher import cli_cluster, cli_embed, cli_monitor, cli_statistics, cli_store
 from launcher.cli_evaluate import ControlOpt, PertColOpt, evaluate, prep, score
 from launcher.cli_options import (
@@ -32,6 +32,7 @@ from launcher.cli_options import (
     open_cluster,
     parse_keep,
 )
+from launcher.cli_predict import export, predict
 from launcher.cli_simulate import simulate
 from launcher.errors import EXIT_TRY_AGAIN, Interrupted, Preempted
 
@@ -265,34 +266,7 @@ def split(
     typer.echo(format_split_table(table))
 
 
-@app.command()
-def predict(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
-    out: Annotated[Path, typer.Option(help="h5ad to write.")],
-    split_name: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
-) -> None:
-    """Predict the cells of a split with a trained model, and write them as an h5ad.
-
-    Example: statewide predict runs/demo --split val --out val_pred.h5ad
-    """
-    from launcher.errors import LaunchError
-    from launcher.pipeline import Pipeline
-    from launcher.predict_job import predict_split
-    from launcher.progress import Reporter
-    from launcher.ray_cluster import ThisProcess
-    from launcher.run_folder import open_run_folder
-
-    wanted = next((name for name in SPLIT_NAMES if name == split_name), None)
-    if wanted is None:
-        raise LaunchError(f"--split {split_name!r} must be one of {', '.join(SPLIT_NAMES)}")
-    folder, config = open_run_folder(run_dir)
-    reporter = Reporter()
-    trained = Pipeline(config, ThisProcess(reporter), reporter)
-    predict_split(folder, trained.store, trained.checkpoint, wanted, out.absolute())
-    typer.echo(str(out))
-
-
-for command in (evaluate, score, prep, simulate):
+for command in (predict, export, evaluate, score, prep, simulate):
     app.command()(command)
 for cluster_command in (cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.stop):
     app.command()(cluster_command)

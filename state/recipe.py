@@ -86,6 +86,12 @@ def load_resolved_embed_config(path: Path) -> EmbedConfig:
     return _validate(tree, path, EmbedConfig)
 
 
+def load_resolved_any(path: Path) -> RunConfig | EmbedConfig:
+    """Read the ``config.toml`` of a run folder of either model."""
+    is_se = _find_kind(_read_toml(path)) is EmbedConfig
+    return load_resolved_embed_config(path) if is_se else load_resolved_config(path)
+
+
 def _find_kind(tree: Mapping[str, Any]) -> type[RunConfig] | type[EmbedConfig] | None:
     """Tell a recipe of ST from one of SE by the tables that one alone has; None: neither, both."""
     of_st = set(RunConfig.model_fields) - set(EmbedConfig.model_fields)

@@ -1,7 +1,7 @@
 """Start a model from the weights of another one: every tensor whose name and shape fit.
 
-Reads our checkpoints (a run folder, a checkpoint's folder, or ``model.pt``) and the reference's
-``.ckpt``. Tested by ``pytest tests/unit/state/test_initialize.py``.
+Reads our checkpoints (a run folder, a checkpoint's folder, ``model.pt``, or the file of ``statewide
+export``) and the reference's ``.ckpt``. Tested by ``pytest tests/unit/state/test_initialize.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from state.config import ConfigError
@@ -58,7 +60,7 @@ def find_weights(path: Path) -> Path:
     if not found:
         raise ConfigError(
             f"model.init_from = {str(path)!r} is neither a file nor the folder of a run with a "
-            "checkpoint. Give a run folder, a model.pt, or the reference's .ckpt"
+            "checkpoint. Give a run folder, a model.pt, a .safetensors, or the reference's .ckpt"
         )
     return found[-1]
 
@@ -141,6 +143,8 @@ def _load(file: Path) -> Any:
 
     A ``.ckpt`` of the reference also pickles objects among its settings, its loss module for one.
     """
+    if file.suffix == ".safetensors":
+        return _load_safetensors(file)
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([(_Inert, name) for name in named]):
@@ -155,4 +159,13 @@ def _load(file: Path) -> Any:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"model.init_from = {file} cannot be read as a torch file ({reason})"
+        ) from None
+
+
+def _load_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"model.init_from = {file} cannot be read as a safetensors file ({error})"
         ) from None

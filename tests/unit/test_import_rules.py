@@ -38,6 +38,7 @@ ONLY_IN = {
         "launcher.cli_monitor",
         "launcher.cli_evaluate",
         "launcher.cli_options",
+        "launcher.cli_predict",
         "launcher.cli_simulate",
         "launcher.cli_statistics",
         "launcher.cli_store",
