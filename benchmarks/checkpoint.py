@@ -107,7 +107,7 @@ def read_weights(path: Path, key: str | None = None) -> Arrays:
 
     content: Any = torch.load(path, map_location="cpu", weights_only=key is None)
     weights = content if key is None else content[key]
-    flat = [weights[name].reshape(-1).numpy().astype(np.float64) for name in sorted(weights)]
+    flat = [weights[name].reshape(-1).numpy() for name in sorted(weights)]
     return {"weights": np.concatenate(flat)}
 
 
