@@ -163,7 +163,7 @@ def test_two_processes_do_not_build_the_same_store(source, tmp_path):
 def test_a_full_disk_is_seen_before_writing(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1000))
-    with pytest.raises(StoreError, match="needs about .* GiB at .*store"):
+    with pytest.raises(StoreError, match="needs about .*iB at .*store.* 1000 bytes free"):
         preprocess(make_spec(source, tmp_path / "store"))
     assert not (tmp_path / "store").exists()
 
