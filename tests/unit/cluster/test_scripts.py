@@ -127,7 +127,9 @@ def test_slurm_hands_on_the_exit_code(machine: Machine):
     assert machine.run(SBATCH, "r.toml", **SLURM).returncode == 7
 
 
-def ask_to_leave(machine: Machine, tmp_path: Path, driver: str, **variables: str):
+def ask_to_leave(
+    machine: Machine, tmp_path: Path, driver: str, *, num_notices: int = 1, **variables: str
+):
     """Send Slurm's notice to the job once its driver is up; return its exit code and words."""
     machine.run_the_driver()
     machine.add("statewide", f"touch {tmp_path / 'started'}; {driver}")
@@ -140,7 +142,9 @@ def ask_to_leave(machine: Machine, tmp_path: Path, driver: str, **variables: str
             time.sleep(0.05)
         # The driver's trap is set just after.
         time.sleep(0.2)
-        job.send_signal(signal.SIGUSR1)
+        for _ in range(num_notices):
+            job.send_signal(signal.SIGUSR1)
+            time.sleep(0.3)
         output, _ = job.communicate(timeout=60)
     return job.returncode, output
 
@@ -160,6 +164,13 @@ def test_slurm_has_the_driver_save_and_goes_back_to_the_queue(
     assert "driver: saved" in output
     assert machine.calls.count("scontrol requeue 123456") == is_requeued
     assert not list(tmp_path.glob(".statewide-*"))
+
+
+def test_slurm_tells_the_driver_once(machine: Machine, tmp_path: Path):
+    """A second notice would end it before it has saved."""
+    ends_at_the_second = f"trap 'trap \"exit 9\" USR1; sleep 1; exit 75' USR1; {WAITS}"
+    exit_code, output = ask_to_leave(machine, tmp_path, ends_at_the_second, num_notices=2)
+    assert exit_code == 75, output
 
 
 def test_slurm_goes_back_to_the_queue_before_its_time_is_up(machine: Machine, tmp_path: Path):
