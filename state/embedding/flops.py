@@ -34,7 +34,8 @@ class EmbeddingFlops:
         bins += 3 * 2 * model.bins.bins_CD.numel()
         first = decoder.first.up
         per_gene = 3 * 2 * first.out_features * decoder.gene_dim
-        self._per_batch = float(num_genes * (table + per_gene))
+        self._num_genes, self._num_asked = num_genes, num_asked
+        self._per_gene_used = float(table + per_gene)
         self._per_token = float(_count(_linears(model.backbone)))
         self._per_gene = float(bins)
         heads = [model.head.skip.up, model.head.skip.down, model.head.project]
@@ -56,12 +57,17 @@ class EmbeddingFlops:
         return len(num_tokens_B)
 
     def count_step(self, num_tokens_B: npt.NDArray[np.int64]) -> float:
-        """Count forward and backward of cells with these numbers of tokens."""
+        """Count forward and backward of cells with these numbers of tokens.
+
+        Genes that cells of a small micro-batch have in common are counted once for each
+        (``objective.find_used``): a little too much.
+        """
         num_tokens = float(num_tokens_B.sum())
         num_genes = num_tokens - 2 * len(num_tokens_B)
         pairs = float(np.square(num_tokens_B.astype(np.float64)).sum())
         return (
-            self._per_batch
+            min(self._num_genes, num_genes + len(num_tokens_B) * self._num_asked)
+            * self._per_gene_used
             + num_tokens * self._per_token
             + num_genes * self._per_gene
             + len(num_tokens_B) * self._per_cell

@@ -89,9 +89,17 @@ class StateEmbedding(nn.Module):
                 config.output_dim, width, num_datasets, config.dropout
             )
 
-    def encode_genes(self) -> Tensor:
-        """Return the token of every gene, [V, D]: once a step, or once for a whole file."""
-        genes_VD: Tensor = self.gene_encoder(self.table_VE)
+    def encode_genes(self, used_V: Tensor | None = None) -> Tensor:
+        """Return the token of every gene, [V, D]: once a step, or once for a whole file.
+
+        Parameters
+        ----------
+        used_V
+            The genes to encode, by number; None: all. What follows is then told genes by their
+            place in it.
+        """
+        table_VE = self.table_VE if used_V is None else self.table_VE[used_V]
+        genes_VD: Tensor = self.gene_encoder(table_VE)
         return genes_VD
 
     def forward(
@@ -119,17 +127,28 @@ class StateEmbedding(nn.Module):
         return CellEmbedding(cell_BO, dataset_BR, logits_BC)
 
     def decode(
-        self, genes_VD: Tensor, asked_BK: Tensor, embedding: CellEmbedding, depth_B: Tensor
+        self,
+        genes_VD: Tensor,
+        asked_BK: Tensor,
+        embedding: CellEmbedding,
+        depth_B: Tensor,
+        used_V: Tensor | None = None,
     ) -> Tensor:
-        """Decode the log counts of genes, [B, K] float32, from embeddings and read depth."""
+        """Decode the log counts of genes, [B, K] float32, from embeddings and read depth.
+
+        ``genes_VD`` and ``used_V`` are those of ``encode_genes``.
+        """
         parts = (embedding.cell_BO, depth_B, embedding.dataset_BR)
         decoded_BK: Tensor
         if not self.decode_from_mean:
             decoded_BK = self.decoder(genes_VD, asked_BK, *parts)
             return decoded_BK
-        genes_VF = torch.cat([genes_VD, self.level_V1.to(genes_VD.dtype)], dim=1)
+        level_V1, mean_log_V = self.level_V1, self.mean_log_V
+        if used_V is not None:
+            level_V1, mean_log_V = level_V1[used_V], mean_log_V[used_V]
+        genes_VF = torch.cat([genes_VD, level_V1.to(genes_VD.dtype)], dim=1)
         decoded_BK = self.decoder(genes_VF, asked_BK, *parts)
-        return self.mean_log_V[asked_BK] + decoded_BK
+        return mean_log_V[asked_BK] + decoded_BK
 
 
 def scale_levels(mean_log_V: Tensor) -> Tensor:

@@ -91,9 +91,10 @@ class EmbeddingObjective(nn.Module):
         """
         weight_B = torch.ones_like(depth_B) if weight_B is None else weight_B
         with torch.autocast(gene_BL.device.type, torch.bfloat16, enabled=self.use_bf16):
-            genes_VD = self.model.encode_genes()
+            used_V, gene_BL, asked_BK = find_used(gene_BL, asked_BK, len(self.model.table_VE))
+            genes_VD = self.model.encode_genes(used_V)
             embedding = self.model(genes_VD, gene_BL, share_BL, mask_BT)
-            decoded_BK = self.model.decode(genes_VD, asked_BK, embedding, depth_B)
+            decoded_BK = self.model.decode(genes_VD, asked_BK, embedding, depth_B, used_V)
         known_BK = known_BK.to(gene_BL.device, torch.float32)
         squared_BK = (decoded_BK - target_BK).square()
         terms = {"cells": self._mean(squared_BK, known_BK, weight_B)}
@@ -115,3 +116,19 @@ class EmbeddingObjective(nn.Module):
         if self.config.kind == "l2":
             rows = (rows + ROOT_FLOOR).sqrt()
         return (rows * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
+def find_used(
+    gene_BL: Tensor, asked_BK: Tensor, num_genes: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the genes that a micro-batch needs, and its genes as places among them.
+
+    A micro-batch with fewer places than the table has genes would spend most of its step on genes
+    that nobody asks for. With more places all genes are taken, as they are: None.
+    """
+    num_read = gene_BL.numel()
+    if num_read + asked_BK.numel() >= num_genes:
+        return None, gene_BL, asked_BK
+    both = torch.cat([gene_BL.flatten(), asked_BK.flatten()])
+    used_V, places = torch.unique(both, return_inverse=True)
+    return used_V, places[:num_read].view_as(gene_BL), places[num_read:].view_as(asked_BK)

@@ -118,7 +118,7 @@ def test_a_training_that_is_refused_begins_no_run_folder(recipe: Path, tmp_path:
     """Nor does it clear one that is there."""
     (tmp_path / "empty.pt").write_bytes(b"")
     for override, part in (
-        (f"genes.tables=['{tmp_path}/empty.pt']", "not a file of plain tensors"),
+        (f"genes.tables=['{tmp_path}/empty.pt']", "cannot be read as a torch file"),
         ("datasets.one.gene_column=ensembl", "datasets.one.gene_column = 'ensembl'"),
         ("train.freeze=['pert_encoder']", "backbone, head, decoder"),
     ):

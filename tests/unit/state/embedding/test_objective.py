@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from state.embed_config import EmbedLossConfig
+from state.embedding import objective as objective_module
 from state.embedding.objective import EmbeddingObjective
 from tests.support.embedding import as_tensors, tiny_batch, tiny_model
 
@@ -47,6 +48,30 @@ def test_the_loss_is_its_plain_definition(kind: str, weighted: bool):
     assert ours.term_names == ("cells", "shared_genes", "dataset")
     total = expected[0] + 0.5 * expected[1] + 2.0 * expected[2]
     assert losses.loss.item() == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("decode_from_mean", [False, True])
+def test_a_batch_smaller_than_the_table_encodes_its_own_genes_alone(
+    decode_from_mean: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """With the same loss and the same gradients."""
+    model = tiny_model(decode_from_mean=decode_from_mean)
+    ours = EmbeddingObjective(model, EmbedLossConfig(), num_shared=SHARED)
+    batch = as_tensors(type(tiny_batch())(*(array[2:3] for array in tiny_batch())))
+    encoded, found = [], []
+    model.gene_encoder.register_forward_hook(lambda *call: encoded.append(len(call[-1])))
+    for _ in range(2):
+        ours.zero_grad()
+        losses = ours(*batch)
+        losses.loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([losses.loss.detach(), *gradients])
+        monkeypatch.setattr(
+            objective_module, "find_used", lambda read, asked, _: (None, read, asked)
+        )
+    assert encoded[0] < encoded[1] == len(model.table_VE)
+    assert len(found[0]) == len(found[1]) > 10
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
 def test_with_one_dataset_there_is_nothing_to_classify():
