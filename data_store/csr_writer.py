@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 1 << 18
 # Room for one block without compression, for indptr, and for metadata.
 _BYTES_PER_ELEMENT = 12
 _BYTES_PER_ROW = 8
-SPARE_BYTES = 16 << 20
+_SPARE_BYTES = 16 << 20
 
 
 class CsrWriter:
@@ -101,5 +101,5 @@ class CsrWriter:
     def _check_free_space(self, nnz: int) -> None:
         """Stop before the disk is full: HDF5 then loses chunks, and may crash at exit."""
         needed_bytes = nnz * _BYTES_PER_ELEMENT + self._num_rows * _BYTES_PER_ROW
-        if shutil.disk_usage(self._folder).free < SPARE_BYTES + needed_bytes:
+        if shutil.disk_usage(self._folder).free < _SPARE_BYTES + needed_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

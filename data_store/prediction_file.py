@@ -6,12 +6,9 @@ Shape legend: N cells, n cells of a block, G genes, E width of an embedding. Tes
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import anndata as ad
 import h5py
@@ -20,12 +17,15 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from data_store.csr_writer import SPARE_BYTES, CsrWriter
+from data_store.csr_writer import CsrWriter
 from data_store.files import file_made_whole
-from data_store.h5ad_file import write_h5ad
+from data_store.h5ad_file import METADATA_BYTES, write_h5ad
 from data_store.schema import ExpressionValues
 
 FloatMatrix = npt.NDArray[np.float32]
+
+_VALUE_BYTES = 4
+"""Of a value, and of a gene's index."""
 
 
 def write_predictions(
@@ -53,20 +53,24 @@ def write_predictions(
         If the blocks do not hold one row for each row of ``obs``.
     """
     table = ad.AnnData(obs=obs, var=pd.DataFrame(index=pd.Index(genes, dtype=object)))
-    with file_made_whole(path) as temporary:
+    following = iter(blocks)
+    block = next(following, None)
+    form = _DenseRows if block is None else _smaller_form(block)
+    needed_bytes = 0 if block is None else len(obs) * form.bytes_per_row(block)
+    with file_made_whole(path, needed_bytes + sys.getsizeof(table) + METADATA_BYTES) as temporary:
         table.write_h5ad(temporary)
         with h5py.File(temporary, "r+") as file:
-            writer: _RowWriter | None = None
+            writer = form(file, len(obs), len(genes))
             num_rows = 0
-            for block in blocks:
-                if writer is None:
-                    writer = _open_writer(file, block, len(obs), len(genes))
+            while block is not None:
                 writer.append(block)
                 num_rows += block.shape[0]
+                # Let go of it before the next one is made.
+                block = None
+                block = next(following, None)
             if num_rows != len(obs):
                 raise ValueError(f"{num_rows} predicted cells for {len(obs)} rows of obs")
-            if writer is not None:
-                writer.finish()
+            writer.finish()
 
 
 def write_cell_embedding(path: Path, key: str, values: FloatMatrix, obs: pd.DataFrame) -> None:
@@ -91,26 +95,17 @@ def write_cell_embedding(path: Path, key: str, values: FloatMatrix, obs: pd.Data
     write_h5ad(ad.AnnData(obs=obs, obsm={key: values}), path)
 
 
-class _RowWriter(Protocol):
-    def append(self, rows: ExpressionValues) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-def _open_writer(
-    file: h5py.File, first: ExpressionValues, num_rows: int, num_genes: int
-) -> _RowWriter:
-    """Choose the form by the first block: a value with its index is twice a value."""
-    if sp.issparse(first) or 2 * np.count_nonzero(first) < first.size:
-        return _SparseRows(file, num_rows, num_genes)
-    return _DenseRows(file, num_rows, num_genes)
-
-
 class _SparseRows:
     """``X`` as CSR."""
 
     def __init__(self, file: h5py.File, num_rows: int, num_genes: int) -> None:
         self._writer = CsrWriter(file, num_rows, num_genes, compression="none")
+
+    @staticmethod
+    def bytes_per_row(block: ExpressionValues) -> int:
+        """Return what a row takes if the others are like those of this block."""
+        num_values = int(block.nnz if sp.issparse(block) else np.count_nonzero(block))  # type: ignore[union-attr]
+        return 2 * _VALUE_BYTES * num_values // max(1, int(block.shape[0]))
 
     def append(self, rows: ExpressionValues) -> None:
         self._writer.append(sp.csr_matrix(rows, dtype=np.float32))
@@ -120,14 +115,16 @@ class _SparseRows:
 
 
 class _DenseRows:
-    """``X`` as an array, whose room is asked for before the first row."""
+    """``X`` as an array."""
 
     def __init__(self, file: h5py.File, num_rows: int, num_genes: int) -> None:
-        needed_bytes = num_rows * num_genes * np.dtype(np.float32).itemsize
-        if shutil.disk_usage(Path(file.filename).parent).free < SPARE_BYTES + needed_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._matrix = file.create_dataset("X", (num_rows, num_genes), np.float32)
         self._num_written = 0
+
+    @staticmethod
+    def bytes_per_row(block: ExpressionValues) -> int:
+        """Return what a row takes."""
+        return _VALUE_BYTES * int(block.shape[1])
 
     def append(self, rows: ExpressionValues) -> None:
         values = rows.toarray() if sp.issparse(rows) else rows  # type: ignore[union-attr]
@@ -136,3 +133,10 @@ class _DenseRows:
 
     def finish(self) -> None:
         self._matrix.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+
+
+def _smaller_form(block: ExpressionValues) -> type[_SparseRows] | type[_DenseRows]:
+    """Choose CSR where it takes less room: a value with its index is twice a value."""
+    if sp.issparse(block) or _SparseRows.bytes_per_row(block) < _DenseRows.bytes_per_row(block):
+        return _SparseRows
+    return _DenseRows

@@ -16,7 +16,7 @@ from data_store.files import (
     show_bytes,
     write_text_atomically,
 )
-from data_store.tables import write_predictions
+from data_store.prediction_file import write_predictions
 from tests.support.small_disk import fill, small_disk
 
 
@@ -87,8 +87,8 @@ def test_predictions_are_whole_or_absent_and_hdf5_does_not_crash(tmp_path: Path)
         for left_kib in (16, 100, 130, 160, 1000):
             ballast = fill(disk, left_bytes=left_kib << 10)
             with pytest.raises(FullDiskError, match=r"about 1\.\d MiB are needed"):
-                write_predictions(path, values, genes, obs)
+                write_predictions(path, [values], genes, obs)
             assert [found.name for found in disk.iterdir()] == ["ballast"]
             ballast.unlink()
-        write_predictions(path, values, genes, obs)
+        write_predictions(path, [values], genes, obs)
         np.testing.assert_array_equal(ad.read_h5ad(path).X, values)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from data_store import csr_writer, prediction_file
+from data_store import files
 from data_store.prediction_file import write_predictions
 from data_store.schema import StoreError
 
@@ -76,10 +76,9 @@ def test_a_full_disk_leaves_the_old_prediction(tmp_path, monkeypatch, share_of_z
     path = tmp_path / "pred.h5ad"
     path.write_bytes(b"old")
     full = SimpleNamespace(disk_usage=lambda folder: shutil.disk_usage(folder)._replace(free=1000))
-    for module in (csr_writer, prediction_file):
-        monkeypatch.setattr(module, "shutil", full)
+    monkeypatch.setattr(files, "shutil", full)
     values, obs = make_cells(40, share_of_zeros)
-    with pytest.raises(StoreError, match=r"no space left on the disk of .*pred\.h5ad"):
+    with pytest.raises(StoreError, match=r"no space left.*pred\.h5ad.*MiB are needed, 1000"):
         write_predictions(path, [values], GENES, obs)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["pred.h5ad"]

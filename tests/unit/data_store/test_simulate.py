@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from types import SimpleNamespace
 
 import anndata as ad
@@ -268,7 +268,8 @@ class TestExistingFiles:
 
 
 def test_a_full_disk_is_noticed_before_hdf5_meets_it(tmp_path, monkeypatch):
-    free = iter([1 << 30, 1 << 10])
+    # Room for the first block of cells, and none for what follows.
+    free = chain([1 << 30], repeat(1 << 10))
     monkeypatch.setattr(
         "data_store.csr_writer.shutil.disk_usage", lambda _: SimpleNamespace(free=next(free))
     )
