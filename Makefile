@@ -18,7 +18,8 @@ demo: install
 	$(BIN)/statewide run configs/demo.toml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/golden
+	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/golden
 
 check: install
 	$(BIN)/ruff check .
