@@ -16,6 +16,7 @@ from launcher.embed_data import EmbedDataset, compute_levels, open_datasets
 from launcher.embed_folder import EmbedFolder, best_checkpoint
 from launcher.embed_task import EmbedTask
 from launcher.errors import LaunchError
+from launcher.mirroring import forget_mirrored, mirrored
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.stages import Stage, StageRunner, fingerprint
@@ -35,7 +36,7 @@ from state.training.checkpoint import CheckpointFolder
 _NOT_IN_THE_WEIGHTS = {
     "train": {
         *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps"),
-        *("peak_tflops", "keep_last", "keep_best", "save_in_background"),
+        *("peak_tflops", "keep_last", "keep_best", "save_in_background", "checkpoint_mirror"),
     },
     "data": {"resident_gib", "prefetch_batches"},
 }
@@ -77,6 +78,8 @@ class EmbedPipeline:
             self._refuse_before_it_begins()
         with self.folder.lock():
             self.folder.adopt(self.config, overwrite=overwrite)
+            if overwrite:
+                forget_mirrored(self.config)
             write_json_atomically(self.folder.deepspeed, deepspeed)
             for build in (self._genes_stage, self._train_stage, self._score_stage):
                 self._runner.run(build())
@@ -165,16 +168,17 @@ class EmbedPipeline:
         config, cluster = self.config, self._cluster
         cluster.require(config)
         alone = isinstance(cluster, ThisProcess)
-        task = EmbedTask(
-            run_dir=self.folder.path,
-            run_fingerprint=self._run_fingerprint,
-            division=divide_step(config, self._checkpoints.last(), alone=alone),
-        )
-        if isinstance(cluster, ThisProcess):
-            train_here(task, config, self._reporter)
-        else:
-            waits_s = cluster.wait_resources_s
-            train_with_ray(task, config, self._reporter, wait_resources_s=waits_s)
+        with mirrored(config, self._checkpoints, self._reporter):
+            task = EmbedTask(
+                run_dir=self.folder.path,
+                run_fingerprint=self._run_fingerprint,
+                division=divide_step(config, self._checkpoints.last(), alone=alone),
+            )
+            if isinstance(cluster, ThisProcess):
+                train_here(task, config, self._reporter)
+            else:
+                waits_s = cluster.wait_resources_s
+                train_with_ray(task, config, self._reporter, wait_resources_s=waits_s)
 
     def _score(self) -> None:
         self._cluster.require_task(self.config.cluster)

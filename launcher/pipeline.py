@@ -21,6 +21,7 @@ from launcher.errors import LaunchError
 from launcher.evaluate_job import LEADERBOARD_FILES, evaluate_run
 from launcher.faults import refuse_impossible
 from launcher.judged_runs import find_beside
+from launcher.mirroring import forget_mirrored, mirrored
 from launcher.predict_job import TRUTH, predict_run
 from launcher.preprocess_job import (
     build_spec,
@@ -52,7 +53,7 @@ JUDGING_STAGES: tuple[StageName, ...] = ("predict", "evaluate")
 # Settings of [train] that change nothing about the weights.
 _NOT_IN_THE_WEIGHTS = {
     *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps", "peak_tflops"),
-    *("keep_last", "keep_best", "save_in_background"),
+    *("keep_last", "keep_best", "save_in_background", "checkpoint_mirror"),
 }
 # And of [evaluate] that change nothing about what is predicted.
 _NOT_IN_THE_PREDICTIONS = {"checkpoint", "folds", "seeds", "beside"}
@@ -98,6 +99,8 @@ class Pipeline:
         with self.folder.lock():
             self._refuse_too_few_resources(until, overwrite=overwrite)
             self.folder.adopt(self.config, overwrite=overwrite)
+            if overwrite:
+                forget_mirrored(self.config)
             write_json_atomically(self.folder.deepspeed, deepspeed)
             for name in STAGE_NAMES[: STAGE_NAMES.index(until) + 1]:
                 stage = self._build(name)
@@ -321,17 +324,18 @@ class Pipeline:
         config, cluster = self.config, self._cluster
         cluster.require(config)
         alone = isinstance(cluster, ThisProcess)
-        task = TrainTask(
-            run_dir=self.folder.path,
-            store=self.store.path,
-            run_fingerprint=self._run_fingerprint,
-            division=divide_step(config, self._checkpoints.last(), alone=alone),
-        )
-        if isinstance(cluster, ThisProcess):
-            train_here(task, config, self._reporter)
-        else:
-            waits_s = cluster.wait_resources_s
-            train_with_ray(task, config, self._reporter, wait_resources_s=waits_s)
+        with mirrored(config, self._checkpoints, self._reporter):
+            task = TrainTask(
+                run_dir=self.folder.path,
+                store=self.store.path,
+                run_fingerprint=self._run_fingerprint,
+                division=divide_step(config, self._checkpoints.last(), alone=alone),
+            )
+            if isinstance(cluster, ThisProcess):
+                train_here(task, config, self._reporter)
+            else:
+                waits_s = cluster.wait_resources_s
+                train_with_ray(task, config, self._reporter, wait_resources_s=waits_s)
 
     @cached_property
     def store(self) -> Store:

@@ -31,6 +31,7 @@ _MAY_CHANGE = (
     "train.deepspeed:",
     "train.keep_best",
     "train.save_in_background",
+    "train.checkpoint_mirror",
     "train.keep_last",
     "train.log_every_steps",
     "train.peak_tflops",

@@ -29,7 +29,7 @@ ONLY_IN = {
     "scanpy": ("data_store",),
     "zarr": ("data_store",),
     "h5py": ("data_store",),
-    "fsspec": ("data_store.remote",),
+    "fsspec": ("data_store.remote", "data_store.mirror"),
     "aiohttp": ("data_store.remote", "launcher.job_client"),
     "typer": (
         "launcher.cli",
