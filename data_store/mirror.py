@@ -18,12 +18,28 @@ from typing import Any, Final
 import fsspec
 from fsspec.core import url_to_fs
 
-from data_store.files import replace_folder, sha256_of_file, sync_tree
-from data_store.schema import StoreError
+from data_store.files import full_disk_is_a_user_error, replace_folder, sha256_of_file, sync_tree
+from data_store.schema import StoreError, UserError
 
 COMMIT: Final = "COMMIT"
 MANIFEST: Final = "manifest.json"
 _PROBE: Final = ".statewide-probe"
+
+
+class DamagedCopyError(StoreError):
+    """A copy whose files are not those of its manifest."""
+
+
+def check_url(url: str, key: str) -> None:
+    """Raise ``StoreError`` if nothing here can open such a URL; nothing is asked of its server."""
+    protocol = url.split("://", 1)[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ValueError, ImportError) as error:
+        raise StoreError(
+            f"{key} = {url!r}: {error}. Install the package of {protocol}:// on every machine "
+            "(s3fs, gcsfs, ...), or use file:///PATH"
+        ) from error
 
 
 class FolderMirror:
@@ -44,6 +60,7 @@ class FolderMirror:
 
     def __init__(self, url: str, key: str) -> None:
         self.url, self._key = url.rstrip("/"), key
+        check_url(url, key)
         with self._failures_named("cannot be written to"):
             self._fs, self._root = _open(self.url)
             self._fs.makedirs(self._root, exist_ok=True)
@@ -94,13 +111,15 @@ class FolderMirror:
 
         Raises
         ------
+        DamagedCopyError
+            If a file is not the one of its manifest.
         StoreError
-            If it cannot be read, or a file is not the one of its manifest.
+            If it cannot be read, or there is no room for it here.
         """
         partial = final.with_name(f"{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            with self._failures_named("cannot be read"):
+            with self._failures_named("cannot be read"), full_disk_is_a_user_error(final):
                 manifest = self._read_manifest(name)
                 files = {} if manifest is None else manifest["files"]
                 for file in (*files, MANIFEST, COMMIT):
@@ -110,9 +129,8 @@ class FolderMirror:
                 file for file in files if sha256_of_file(partial / file) != files[file]["sha256"]
             ]
             if damaged:
-                raise StoreError(
-                    f"{self.url}/{name} ({self._key}) is damaged: {', '.join(damaged)}. Remove it "
-                    "there, and the one before it is taken"
+                raise DamagedCopyError(
+                    f"{self.url}/{name} ({self._key}) is damaged: {', '.join(damaged)}"
                 )
             sync_tree(partial)
             replace_folder(partial, final)
@@ -143,7 +161,7 @@ class FolderMirror:
     def _failures_named(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, StoreError):
+        except (FileNotFoundError, UserError):
             raise
         # Each file system has errors of its own: botocore's, gcsfs's, aiohttp's.
         except Exception as error:

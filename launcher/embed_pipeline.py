@@ -16,7 +16,7 @@ from launcher.embed_data import EmbedDataset, compute_levels, open_datasets
 from launcher.embed_folder import EmbedFolder, best_checkpoint
 from launcher.embed_task import EmbedTask
 from launcher.errors import LaunchError
-from launcher.mirroring import forget_mirrored, mirrored
+from launcher.mirroring import copy_rest, forget_mirrored, mirrored, open_mirror
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.stages import Stage, StageRunner, fingerprint
@@ -77,12 +77,15 @@ class EmbedPipeline:
         if overwrite or not self.folder.config.is_file():
             self._refuse_before_it_begins()
         with self.folder.lock():
+            if overwrite or not self._runner.was_finished("train"):
+                open_mirror(self.config)
             self.folder.adopt(self.config, overwrite=overwrite)
             if overwrite:
                 forget_mirrored(self.config)
             write_json_atomically(self.folder.deepspeed, deepspeed)
             for build in (self._genes_stage, self._train_stage, self._score_stage):
                 self._runner.run(build())
+            copy_rest(self.config, self._checkpoints, self._reporter)
 
     def _refuse_missing_inputs(self) -> None:
         for name, dataset in self.config.datasets.items():

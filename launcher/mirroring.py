@@ -1,4 +1,4 @@
-"""Keep a run's checkpoints at a URL too, and begin from there where the run folder has none.
+"""Keep a run's checkpoints at a URL too, and begin from there where the run folder is behind.
 
 The process that commands the training does it, from a thread: it sees the run folder that all
 workers write to. Tests: ``pytest tests/unit/launcher/test_mirroring.py``.
@@ -6,22 +6,27 @@ workers write to. Tests: ``pytest tests/unit/launcher/test_mirroring.py``.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Final
 
-from data_store.mirror import FolderMirror
-from data_store.schema import StoreError
+from data_store.mirror import MANIFEST, DamagedCopyError, FolderMirror
+from data_store.schema import UserError
 from launcher.errors import LaunchError
 from launcher.progress import Reporter
 from launcher.training import TrainingConfig
 from state.training.checkpoint import CheckpointFolder
+from state.training.checkpoint_files import Checkpoint, find_damaged_files
 
 logger = logging.getLogger(__name__)
 
-_KEY = "train.checkpoint_mirror"
+MIRROR_KEY: Final = "train.checkpoint_mirror"
 _SECONDS_BETWEEN_LOOKS = 2.0
+_LAST_LOOKS = 3
 
 
 def open_mirror(config: TrainingConfig) -> FolderMirror | None:
@@ -33,9 +38,9 @@ def open_mirror(config: TrainingConfig) -> FolderMirror | None:
         If it cannot be written to.
     """
     url = config.train.checkpoint_mirror
-    return (
-        None if url is None else FolderMirror(f"{url.rstrip('/')}/{config.output_dir.name}", _KEY)
-    )
+    if url is None:
+        return None
+    return FolderMirror(f"{url.rstrip('/')}/{config.output_dir.name}", MIRROR_KEY)
 
 
 def forget_mirrored(config: TrainingConfig) -> None:
@@ -66,9 +71,9 @@ def mirrored(
     if mirror is None:
         yield
         return
-    _fetch_newer(mirror, checkpoints, reporter)
-    finished = threading.Event()
     follower = _Follower(mirror, checkpoints, reporter)
+    follower.fetch_newer()
+    finished = threading.Event()
 
     def follow() -> None:
         while not finished.wait(_SECONDS_BETWEEN_LOOKS):
@@ -84,51 +89,99 @@ def mirrored(
         follower.look()
 
 
-def _fetch_newer(mirror: FolderMirror, checkpoints: CheckpointFolder, reporter: Reporter) -> None:
-    there = mirror.committed()
-    here = {checkpoint.folder.name for checkpoint in checkpoints.complete()}
-    # Names are steps with leading zeros. An older one may be the best one.
-    if max(there, default="") <= max(here, default=""):
+def copy_rest(config: TrainingConfig, checkpoints: CheckpointFolder, reporter: Reporter) -> None:
+    """Copy what a URL that failed has missed; if it still does, say what is not there.
+
+    Training is over and whole in the run folder, so this is no error.
+    """
+    try:
+        mirror = open_mirror(config)
+        follower = None if mirror is None else _Follower(mirror, checkpoints, reporter)
+    except UserError as error:
+        reporter.say(f"checkpoints were not copied: {error}", "bold")
         return
-    for name in sorted(there.keys() - here):
-        if there[name].get("run_fingerprint") != checkpoints.run_fingerprint:
-            raise LaunchError(
-                f"{_KEY}: {mirror.url} holds checkpoints of a run with other settings or other "
-                "data. Choose another URL or output_dir, or start again with --overwrite, which "
-                "removes them"
-            )
-        reporter.say(f"  fetching {name} from {mirror.url}")
-        mirror.fetch(name, checkpoints.folder / name)
+    if follower is None:
+        return
+    for is_retry in range(_LAST_LOOKS):
+        if is_retry:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if follower.look():
+            return
+    missing = ", ".join(follower.find_missing())
+    reporter.say(f"not copied: {missing}. Run the same command again to try once more", "bold")
 
 
 class _Follower:
+    """Makes the URL hold what the run folder holds."""
+
     def __init__(
         self, mirror: FolderMirror, checkpoints: CheckpointFolder, reporter: Reporter
     ) -> None:
         self._mirror, self._checkpoints, self._reporter = mirror, checkpoints, reporter
-        self._there = set(mirror.committed())
+        self._there = mirror.committed()
         self._has_failed = False
+        for manifest in self._there.values():
+            if manifest.get("run_fingerprint") != checkpoints.run_fingerprint:
+                raise LaunchError(
+                    f"{MIRROR_KEY}: {mirror.url} holds checkpoints of a run with other settings "
+                    "or other data. Choose another URL or output_dir, or start again with "
+                    "--overwrite, which removes them"
+                )
 
-    def look(self) -> None:
-        """Make the URL hold what the run folder holds."""
+    def fetch_newer(self) -> None:
+        """Fetch what is missing here, if the newest checkpoint there is newer than any here."""
+        # Hashed here, so that a damaged one does not stand in the way of its copy.
+        whole = [c for c in self._checkpoints.complete() if not find_damaged_files(c.folder)]
+        here = {checkpoint.folder.name for checkpoint in whole}
+        # Names are steps with leading zeros. An older one may be the best one.
+        if max(self._there, default="") <= max(here, default=""):
+            return
+        for name in sorted(self._there.keys() - here):
+            self._reporter.say(f"  fetching {name} from {self._mirror.url}")
+            try:
+                self._mirror.fetch(name, self._checkpoints.folder / name)
+            except DamagedCopyError as error:
+                self._reporter.say(f"  {error}. It is left out")
+                # Training comes by here again, and copies what it then has over it.
+                del self._there[name]
+
+    def look(self) -> bool:
+        """Copy what is new, and remove what is not kept; return whether all is done."""
         try:
             self._copy()
         except FileNotFoundError:
             # Removed here while it was copied: at the next look there is a newer one.
-            return
-        except StoreError as error:
+            return False
+        except (UserError, OSError) as error:
             if not self._has_failed:
                 self._reporter.say(f"  checkpoints are not copied for now: {error}")
-            logger.warning(str(error))
+            logger.warning("%s", error)
             self._has_failed = True
-        else:
-            self._has_failed = False
+            return False
+        self._has_failed = False
+        return True
+
+    def find_missing(self) -> list[str]:
+        """Name the checkpoints here whose copy is not there."""
+        return [
+            checkpoint.folder.name
+            for checkpoint in self._checkpoints.complete()
+            if self._there.get(checkpoint.folder.name) != _read_manifest(checkpoint)
+        ]
 
     def _copy(self) -> None:
         here = {checkpoint.folder.name: checkpoint for checkpoint in self._checkpoints.complete()}
-        for name in sorted(here.keys() - self._there):
+        for name in self.find_missing():
             self._mirror.push(here[name].folder)
-            self._there.add(name)
-        for name in sorted(self._there - here.keys()) if here else ():
-            self._mirror.remove(name)
-            self._there.discard(name)
+            self._there[name] = _read_manifest(here[name])
+        newest = max(here, default="")
+        for name in sorted(self._there.keys() - here):
+            # A newer one is all that is left of what came after the newest here.
+            if name < newest:
+                self._mirror.remove(name)
+                del self._there[name]
+
+
+def _read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
+    return manifest

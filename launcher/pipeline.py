@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from data_store.files import sha256_of_file, write_json_atomically
-from data_store.locate import describe_input, find_files
-from data_store.schema import StoreError
+from data_store.locate import describe_input
 from data_store.split_table import format_split_table
 from data_store.store import Store, is_store
 from launcher.deepspeed_config import read_deepspeed_json
@@ -21,7 +20,7 @@ from launcher.errors import LaunchError
 from launcher.evaluate_job import LEADERBOARD_FILES, evaluate_run
 from launcher.faults import refuse_impossible
 from launcher.judged_runs import find_beside
-from launcher.mirroring import forget_mirrored, mirrored
+from launcher.mirroring import copy_rest, forget_mirrored, mirrored, open_mirror
 from launcher.predict_job import TRUTH, predict_run
 from launcher.preprocess_job import (
     build_spec,
@@ -34,6 +33,7 @@ from launcher.preprocess_job import (
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
 from launcher.run_folder import RunFolder
+from launcher.run_inputs import refuse_missing_inputs
 from launcher.stages import Stage, StageRunner, fingerprint, identify_file
 from launcher.statistics_stages import deltas_of_run, statistics_of_run, statistics_outputs
 from launcher.step_division import divide_step
@@ -89,15 +89,20 @@ class Pipeline:
         UserError
             For anything the user can mend; finished stages stay finished.
         """
-        self._refuse_missing_inputs()
+        refuse_missing_inputs(self.config)
         world_size = self.config.cluster.num_workers
         alone = isinstance(self._cluster, ThisProcess)
         refuse_impossible(self.config.faults, 1 if alone else world_size)
         deepspeed = read_deepspeed_json(self.config.train.deepspeed)
         if until == "evaluate":
             find_beside(self.config)
+        trains = STAGE_NAMES.index(until) >= STAGE_NAMES.index("train")
         with self.folder.lock():
-            self._refuse_too_few_resources(until, overwrite=overwrite)
+            if overwrite or (trains and not self._runner.was_finished("train")):
+                # Said before the hours of preprocessing, and before anything is removed.
+                open_mirror(self.config)
+                if trains:
+                    self._cluster.require(self.config)
             self.folder.adopt(self.config, overwrite=overwrite)
             if overwrite:
                 forget_mirrored(self.config)
@@ -106,44 +111,8 @@ class Pipeline:
                 stage = self._build(name)
                 if stage is not None:
                     self._runner.run(stage)
-
-    def missing_inputs(self) -> list[str]:
-        """Name the configured files that are not there."""
-        config, made_here = self.config, self.config.simulate is not None
-        named = {
-            "features.path": None if made_here else config.features.path,
-            "split.file": config.split.file,
-            "train.deepspeed": config.train.deepspeed,
-            "model.init_from": config.model.init_from,
-        }
-        problems = [
-            f"{key} = {str(path)!r} does not exist"
-            for key, path in named.items()
-            if path is not None and not path.exists()
-        ]
-        data = config.data
-        read = [] if data.embed_file is None else [("data.embed_file", data.embed_file)]
-        if not (made_here or is_store(data.input)):
-            read.append(("data.input", data.input))
-        for key, location in read:
-            try:
-                find_files(location)
-            except StoreError as error:
-                problems.insert(0, f"{key} = {str(location)!r} does not exist: {error}")
-        return problems
-
-    def _refuse_missing_inputs(self) -> None:
-        problems = self.missing_inputs()
-        if problems:
-            raise LaunchError(
-                "\n".join(problems) + "\nCorrect the path in the recipe, or give it as KEY=PATH"
-            )
-
-    def _refuse_too_few_resources(self, until: StageName, *, overwrite: bool) -> None:
-        """Say before the hours of preprocessing, not after, that training cannot fit."""
-        trains = STAGE_NAMES.index(until) >= STAGE_NAMES.index("train")
-        if trains and (overwrite or not self._runner.was_finished("train")):
-            self._cluster.require(self.config)
+            if trains:
+                copy_rest(self.config, self._checkpoints, self._reporter)
 
     def _build(self, name: StageName) -> Stage | None:
         """Describe a stage; None where the recipe has no such stage.

@@ -21,6 +21,7 @@ from data_store.store import is_store
 from launcher.effects import Effects, read_effects, write_effects
 from launcher.evaluate_job import LEADERBOARD_FILES, write_leaderboard
 from launcher.judged_runs import read_costs
+from launcher.mirroring import forget_mirrored, open_mirror
 from launcher.pipeline import STAGE_NAMES, Pipeline, StageName
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
@@ -28,7 +29,7 @@ from launcher.run_folder import RunFolder
 from launcher.run_report import write_run_report
 from launcher.stages import Stage, StageRunner, fingerprint, identify_file
 from launcher.train_job import single_process_group
-from state.config import RunConfig
+from state.config import RunConfig, TrainConfig
 from state.evaluate import Evaluation
 from state.leaderboard import build_leaderboard
 
@@ -74,11 +75,17 @@ class RepeatedRun:
         UserError
             For anything the user can mend; what is finished stays finished.
         """
+        sub_runs = list_sub_runs(self.config)
+        if overwrite or until not in STAGE_NAMES[: STAGE_NAMES.index("train")]:
+            # A URL that cannot be written to is refused before hours of preprocessing.
+            open_mirror(sub_runs[0].config)
         shared = STAGE_NAMES[min(STAGE_NAMES.index(_SHARED), STAGE_NAMES.index(until))]
         Pipeline(self.config, self._cluster, self._reporter).run(overwrite=overwrite, until=shared)
+        if overwrite:
+            for sub_run in sub_runs:
+                forget_mirrored(sub_run.config)
         if until == shared:
             return
-        sub_runs = list_sub_runs(self.config)
         alone = isinstance(self._cluster, ThisProcess)
         with self.folder.lock(), single_process_group(self.config) if alone else nullcontext():
             for number, sub_run in enumerate(sub_runs, start=1):
@@ -111,6 +118,7 @@ def list_sub_runs(config: RunConfig) -> list[SubRun]:
                             "embed_file": None,
                         }
                     ),
+                    "train": _mirror_apart(config),
                     "statistics": config.statistics.model_copy(update={"enabled": False}),
                     "split": split.model_copy(
                         update={
@@ -264,3 +272,12 @@ def _join_effects(sub_runs: list[SubRun]) -> Effects:
             if sub_run.seed == first
         ]
     )
+
+
+def _mirror_apart(config: RunConfig) -> TrainConfig:
+    """Let the copies of a sub-run's checkpoints lie as its folder does: in ``NAME/runs``."""
+    url = config.train.checkpoint_mirror
+    if url is None:
+        return config.train
+    apart = f"{url.rstrip('/')}/{config.output_dir.name}/runs"
+    return config.train.model_copy(update={"checkpoint_mirror": apart})

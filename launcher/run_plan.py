@@ -8,6 +8,7 @@ from launcher.errors import LaunchError
 from launcher.judged_runs import find_beside
 from launcher.pipeline import JUDGING_STAGES, STAGE_NAMES, Pipeline
 from launcher.preprocess_job import describe_simulation
+from launcher.run_inputs import find_missing_inputs
 
 
 def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
@@ -15,7 +16,7 @@ def describe_plan(pipeline: Pipeline, recipe: Path) -> str:
     config = pipeline.config
     cluster = config.cluster
     gpu = " and 1 GPU" if cluster.use_gpu else ""
-    missing = pipeline.missing_inputs()
+    missing = find_missing_inputs(pipeline.config)
     try:
         find_beside(config)
     except LaunchError as error:

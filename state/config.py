@@ -249,7 +249,7 @@ class TrainConfig(Section):
     """Newest checkpoints to keep; with 1 there is none to fall back on if it is damaged."""
     keep_best: PositiveInt = 1
     """Checkpoints with the lowest validation losses to keep beside them."""
-    checkpoint_mirror: str | None = None
+    checkpoint_mirror: RemoteUrl | None = None
     """URL (``s3://...``, ``gs://...``, ``file:///...``) where a folder with the run folder's name
     keeps copies of its checkpoints; a run folder that is behind them goes on from there."""
     save_in_background: bool = False

@@ -186,6 +186,11 @@ class CheckpointFolder:
             self._pending.writer.wait()
             self.settle(engine)
 
+    def abandon(self) -> None:
+        """Wait for what this rank writes in the background, and leave it uncommitted."""
+        if self._pending is not None:
+            self._pending.writer.wait()
+
     @contextmanager
     def _cleaned_up(self, partial: Path, final: Path) -> Iterator[None]:
         """Leave nothing half-written when the block fails, and say what a full disk has."""
@@ -326,7 +331,8 @@ class _Part:
     """What one rank has done of a checkpoint that is written in the background."""
 
     is_done: bool
-    error: BaseException | None
+    error: tuple[int | None, str] | None
+    """Number and words: an exception of any class might not survive the way to other ranks."""
     records: dict[str, dict[str, Any]]
 
 
@@ -340,8 +346,11 @@ class _Pending:
     writer: FileWriter
 
     def look(self) -> _Part:
-        is_done = self.writer.is_done
-        return _Part(is_done, self.writer.error, self.writer.result if is_done else {})
+        if not self.writer.is_done:
+            return _Part(is_done=False, error=None, records={})
+        error = self.writer.error
+        told = None if error is None else (getattr(error, "errno", None), repr(error))
+        return _Part(is_done=True, error=told, records=self.writer.result)
 
 
 def _begin_to_write(engine: Engine, progress: Progress, partial: Path, final: Path) -> _Pending:
@@ -355,14 +364,18 @@ def _begin_to_write(engine: Engine, progress: Progress, partial: Path, final: Pa
     return _Pending(progress, partial, final, writer)
 
 
-def _raise_first(errors: Sequence[BaseException | None], final: Path) -> None:
+def _raise_first(errors: Sequence[tuple[int | None, str] | None], final: Path) -> None:
     """Raise what kept any rank from writing, alike on every rank."""
     for rank, error in enumerate(errors):
-        if isinstance(error, (OSError, RuntimeError)):
+        if error is None:
+            continue
+        number, words = error
+        if number is not None:
             # Known by its number: a full disk has a message of its own.
-            raise error
-        if error is not None:
-            raise CheckpointError(f"rank {rank} could not write {final}: {error!r}") from error
+            raise OSError(number, words)
+        if any(part in words for part in _TORCH_WRITE_ERRORS):
+            raise RuntimeError(words)
+        raise CheckpointError(f"rank {rank} could not write {final}: {words}")
 
 
 def _hash_files(folder: Path, engine: Engine) -> dict[str, dict[str, Any]]:

@@ -137,6 +137,10 @@ def saves_finished(checkpoints: CheckpointFolder, engine: Engine) -> Iterator[No
     except NonFiniteError:
         checkpoints.finish(engine)
         raise
+    except BaseException:
+        # The run folder is free for the next command when this one has ended.
+        checkpoints.abandon()
+        raise
     checkpoints.finish(engine)
 
 

@@ -1,5 +1,6 @@
 """Copies of committed folders: whole or absent, on any file system, and refused when damaged."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -8,7 +9,8 @@ from uuid import uuid4
 import fsspec
 import pytest
 
-from data_store.mirror import FolderMirror
+from data_store.files import FullDiskError
+from data_store.mirror import DamagedCopyError, FolderMirror
 from data_store.schema import StoreError
 
 FILES = {"model.pt": b"weights", "ranks/rank_0.pt": b"moments", "empty": b""}
@@ -118,7 +120,20 @@ def test_a_damaged_copy_is_refused(url: str, tmp_path: Path):
     mirror.push(commit(tmp_path / "step_1", FILES))
     fs, root = fsspec.core.url_to_fs(url)
     fs.pipe_file(f"{root}/step_1/model.pt", b"weighty")
-    with pytest.raises(StoreError, match=r"step_1 \(a.key\) is damaged: model.pt. Remove it"):
+    with pytest.raises(DamagedCopyError, match=r"step_1 \(a.key\) is damaged: model.pt"):
+        mirror.fetch("step_1", tmp_path / "back" / "step_1")
+    assert list((tmp_path / "back").iterdir()) == []
+
+
+def test_a_full_disk_here_is_not_the_urls_fault(url: str, tmp_path: Path, monkeypatch):
+    mirror = FolderMirror(url, "a.key")
+    mirror.push(commit(tmp_path / "step_1", FILES))
+
+    def fail(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(fsspec.core.url_to_fs(url)[0]), "get_file", fail)
+    with pytest.raises(FullDiskError, match="no space left on the disk of .*step_1"):
         mirror.fetch("step_1", tmp_path / "back" / "step_1")
     assert list((tmp_path / "back").iterdir()) == []
 
@@ -126,9 +141,9 @@ def test_a_damaged_copy_is_refused(url: str, tmp_path: Path):
 def test_a_url_that_cannot_be_used_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     for url, what in (
-        ("nowhere://bucket/run", "nowhere"),
+        ("nowhere://bucket/run", r"Install the package of nowhere://"),
         (f"file://{tmp_path}/file/under", "cannot be written to"),
         ("github://no:repo@main/run", "cannot be written to"),
     ):
-        with pytest.raises(StoreError, match=f"a.key = '{url}' .*{what}"):
+        with pytest.raises(StoreError, match=f"a.key = '{url}'.*{what}"):
             FolderMirror(url, "a.key")

@@ -1,6 +1,8 @@
 """Checkpoints at a URL: they follow the run folder, and a run folder without them goes on there."""
 
+import errno
 import io
+import shutil
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -9,14 +11,18 @@ import fsspec
 import pytest
 from rich.console import Console
 
+from data_store.mirror import FolderMirror
 from data_store.schema import StoreError
 from launcher import mirroring
 from launcher.errors import LaunchError
-from launcher.mirroring import forget_mirrored, mirrored
+from launcher.mirroring import copy_rest, forget_mirrored, mirrored, open_mirror
+from launcher.pipeline import Pipeline
 from launcher.progress import Reporter
+from launcher.ray_cluster import ThisProcess
+from launcher.repeats import list_sub_runs
 from state.recipe import load_config
 from state.training.checkpoint import CheckpointFolder
-from state.training.checkpoint_files import Progress
+from state.training.checkpoint_files import Progress, find_damaged_files
 from tests.support.runs import write_recipe
 from tests.unit.state.training.test_background import Alone
 
@@ -56,8 +62,7 @@ def url() -> str:
 
 
 def names_at(url: str) -> list[str]:
-    fs, root = fsspec.core.url_to_fs(f"{url}night")
-    return sorted(path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False))
+    return list(FolderMirror(f"{url}night", "test").committed())
 
 
 def test_a_machine_that_has_nothing_goes_on_where_the_last_one_stopped(url: str, tmp_path: Path):
@@ -79,6 +84,46 @@ def test_a_machine_that_has_nothing_goes_on_where_the_last_one_stopped(url: str,
     # The first machine's folder is behind now.
     first.train()
     assert first.checkpoints.last().progress.step == 5
+
+
+def damage(checkpoint_folder: Path) -> None:
+    with (checkpoint_folder / "model.pt").open("ab") as handle:
+        handle.write(b"more")
+
+
+def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(url: str, tmp_path: Path):
+    machine = Machine(tmp_path / "first", url)
+    machine.train((4, 0.4))
+    damage(machine.checkpoints.last().folder)
+    machine.train()
+    assert find_damaged_files(machine.checkpoints.last().folder) == []
+    assert names_at(url) == ["step_00000004"]
+
+
+def test_a_damaged_copy_is_left_out_and_copied_again(url: str, tmp_path: Path):
+    Machine(tmp_path / "first", url).train((2, 0.1), (4, 0.4))
+    fs, root = fsspec.core.url_to_fs(f"{url}night")
+    fs.pipe_file(f"{root}/step_00000004/model.pt", b"weighty")
+    second = Machine(tmp_path / "second", url)
+    second.train()
+    assert "step_00000004 (train.checkpoint_mirror) is damaged: model.pt" in second.said.getvalue()
+    assert second.names() == ["step_00000002"]
+    # Newer than all that is here, it stays until training comes by it again.
+    assert names_at(url) == ["step_00000002", "step_00000004"]
+    second.train((4, 0.4))
+    third = Machine(tmp_path / "third", url)
+    third.train()
+    assert third.names() == ["step_00000002", "step_00000004"]
+
+
+def test_copies_that_are_newer_than_what_is_here_are_never_removed(url: str, tmp_path: Path):
+    Machine(tmp_path / "first", url).train((4, 0.4))
+    machine = Machine(tmp_path / "second", url)
+    mirror = open_mirror(machine.config)
+    follower = mirroring._Follower(mirror, machine.checkpoints, machine.reporter)
+    machine.save(1, 0.9)
+    assert follower.look()
+    assert names_at(url) == ["step_00000001", "step_00000004"]
 
 
 def test_what_is_newer_here_stays(url: str, tmp_path: Path):
@@ -120,9 +165,13 @@ def test_another_runs_checkpoints_are_refused_until_overwritten(url: str, tmp_pa
     other = Machine(tmp_path / "second", url, fingerprint="other")
     with pytest.raises(LaunchError, match="checkpoints of a run with other settings"):
         other.train((1, 0.9))
+    # However far this one has come.
+    other.save(9, 0.1)
+    with pytest.raises(LaunchError, match="checkpoints of a run with other settings"):
+        other.train()
     assert names_at(url) == ["step_00000004"]
-    assert other.names() == []
     forget_mirrored(other.config)
+    shutil.rmtree(other.checkpoints.folder)
     other.train((1, 0.9))
     assert names_at(url) == ["step_00000001"]
 
@@ -149,9 +198,78 @@ def test_a_url_that_fails_for_a_while_is_warned_of_once(url: str, tmp_path: Path
     assert names_at(url) == ["step_00000001"]
 
 
+def test_a_run_folder_that_cannot_be_read_for_a_moment_is_looked_at_again(
+    url: str, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(mirroring, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    machine = Machine(tmp_path / "first", url)
+    complete, calls = machine.checkpoints.complete, []
+
+    def stale_once():
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return complete()
+
+    with mirrored(machine.config, machine.checkpoints, machine.reporter):
+        machine.save(1, 0.9)
+        monkeypatch.setattr(machine.checkpoints, "complete", stale_once)
+        deadline = time.monotonic() + 30
+        while names_at(url) != ["step_00000001"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(calls) > 2
+        assert names_at(url) == ["step_00000001"]
+
+
+def test_what_was_not_copied_is_said_and_the_next_command_copies_it(
+    url: str, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(mirroring, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    machine = Machine(tmp_path / "first", url)
+    fs = type(fsspec.core.url_to_fs(url)[0])
+    put = fs.put_file
+
+    def fail(self, *args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(fs, "put_file", fail)
+    machine.train((1, 0.9))
+    copy_rest(machine.config, machine.checkpoints, machine.reporter)
+    assert "not copied: step_00000001. Run the same command again" in machine.said.getvalue()
+    assert names_at(url) == []
+    monkeypatch.setattr(fs, "put_file", put)
+    copy_rest(machine.config, machine.checkpoints, machine.reporter)
+    assert names_at(url) == ["step_00000001"]
+    # Nothing to do, and nothing to say.
+    said = machine.said.getvalue()
+    copy_rest(machine.config, machine.checkpoints, machine.reporter)
+    assert machine.said.getvalue() == said
+
+
+def test_a_wrong_url_is_refused_before_overwrite_removes_anything(tmp_path: Path):
+    machine = Machine(tmp_path / "first", "nowhere://bucket")
+    machine.config.output_dir.mkdir()
+    kept = machine.config.output_dir / "predictions.txt"
+    kept.write_text("hours of work")
+    pipeline = Pipeline(machine.config, ThisProcess(machine.reporter), machine.reporter)
+    with pytest.raises(LaunchError, match=r"Install the package of nowhere://"):
+        pipeline.run(overwrite=True)
+    assert kept.read_text() == "hours of work"
+    assert not machine.config.output_dir.joinpath("config.toml").exists()
+
+
+def test_each_fold_has_a_place_of_its_own(url: str, tmp_path: Path):
+    machine = Machine(tmp_path / "first", url)
+    evaluate = machine.config.evaluate.model_copy(update={"folds": 2})
+    config = machine.config.model_copy(update={"evaluate": evaluate})
+    seed = config.seed
+    places = [open_mirror(sub_run.config).url for sub_run in list_sub_runs(config)]
+    assert places == [f"{url}night/runs/fold{fold}_seed{seed}" for fold in (0, 1)]
+
+
 def test_a_url_that_cannot_be_used_ends_the_run_before_it_trains(tmp_path: Path):
     machine = Machine(tmp_path / "first", "nowhere://bucket")
-    with pytest.raises(StoreError, match="train.checkpoint_mirror = 'nowhere://bucket/night'"):
+    with pytest.raises(StoreError, match="train.checkpoint_mirror = 'nowhere://bucket/night':"):
         machine.train((1, 0.9))
     assert machine.names() == []
 

@@ -1,5 +1,6 @@
 """A checkpoint under way: what is copied, when it counts, and what a failure or a kill leaves."""
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import torch
 from state.training.background import FileWriter, copy_to_host
 from state.training.checkpoint import CheckpointFolder
 from state.training.checkpoint_files import CheckpointError, Progress, find_damaged_files
+from state.training.loop import saves_finished
 
 
 class Alone:
@@ -133,3 +135,48 @@ def test_a_kill_while_files_are_written_leaves_the_one_before(tmp_path: Path):
     checkpoints.save(Alone(), Progress(step=2, sets_consumed=16))
     checkpoints.finish(Alone())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+class PickyError(Exception):
+    """One that pickle cannot make again, as some of the file systems' own."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+def test_an_error_of_any_class_is_told_to_all_ranks(tmp_path: Path):
+    def fail(value, path) -> None:
+        raise PickyError("bucket", "gone")
+
+    engine = Alone(fail)
+    engine.gather_objects = lambda value: [pickle.loads(pickle.dumps(value))]
+    checkpoints = CheckpointFolder(tmp_path, "any", in_background=True)
+    checkpoints.save(engine, Progress(step=1))
+    with pytest.raises(
+        CheckpointError, match=r"rank 0 could not write .*PickyError\('bucket: gone'"
+    ):
+        checkpoints.finish(engine)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_stops_waits_for_the_writer_and_commits_nothing(tmp_path: Path):
+    may_write, written = threading.Event(), []
+
+    def write(value, path) -> None:
+        may_write.wait(30)
+        torch.save(value, path)
+        written.append(path)
+
+    engine = Alone(write)
+    checkpoints = CheckpointFolder(tmp_path, "any", in_background=True)
+
+    def stop() -> None:
+        with saves_finished(checkpoints, engine):
+            checkpoints.save(engine, Progress(step=1))
+            threading.Timer(0.1, may_write.set).start()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stop()
+    assert len(written) == 1
+    assert checkpoints.complete() == []
