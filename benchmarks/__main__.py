@@ -51,6 +51,8 @@ BENCHMARKS: Mapping[str, Callable[[Settings], Iterator[Finding]]] = {
 }
 # Atlases take long and gigabytes of disk; the last compares values, not costs.
 ASKED_FOR = ("atlas", "evaluate_large", "evaluate_atlas", "arc_predictions")
+# Folders of one machine, which no result depends on: they are not recorded.
+PLACES = ("folder", "results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,10 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers=options.workers,
         peers=options.peers,
     )
-    command = f"python -m benchmarks {shlex.join(given)}".rstrip()
+    command = f"python -m benchmarks {shlex.join(_without_places(given))}".rstrip()
+    recorded = {key: value for key, value in asdict(settings).items() if key not in PLACES}
     status = 0
     for name in options.names or [name for name in BENCHMARKS if name not in ASKED_FOR]:
-        file = ResultFile(options.results / f"{name}.json", command, asdict(settings))
+        file = ResultFile(options.results / f"{name}.json", command, recorded)
         try:
             _measure(name, settings, file)
         except BenchmarkError as error:
@@ -105,12 +108,25 @@ def _measure(name: str, settings: Settings, file: ResultFile) -> None:
     print(f"  written to {file.path}\n", flush=True)
 
 
+def _without_places(arguments: Sequence[str]) -> list[str]:
+    """Leave out the options that name a folder, with their values."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name not in {f"--{place}" for place in PLACES}:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure our code against what it replaces: paired runs, one thread a side.",
         epilog="example: python -m benchmarks preprocess mmd --rounds 5",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "names",

@@ -75,66 +75,12 @@ PEER_NOTES = (
 def run(settings: Settings) -> Iterator[Comparison]:
     """Compare single sets with the floor, whole batches with backed anndata, and the peers."""
     with TemporaryDirectory(prefix="benchmark-loader-") as name:
-        folder = Path(name)
-        build_store(folder)
-        arguments = {"folder": name}
-
-        def batches(side: str, held: str, form: str = "dense") -> Side:
-            return Side(side, prepare_loader, {**arguments, "held": held, "form": form})
-
+        build_store(Path(name))
         for cold in (False, True):
             yield _compare_sets(settings, name, cold=cold)
-        yield _with_rates(
-            compare(
-                f"batches of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
-                [
-                    batches("ours, streamed", "controls"),
-                    batches("ours, nothing held", "nothing"),
-                    batches("ours, resident sparse", "sparse"),
-                    batches("ours, resident dense", "dense"),
-                    batches("ours, streamed, counts", "controls", "counts"),
-                    batches("ours, resident, counts", "sparse", "counts"),
-                    Side("anndata backed", prepare_backed_batches, arguments),
-                ],
-                settings.rounds,
-                check_same_values,
-                BATCH_NOTES,
-            ),
-            BATCHES * ROWS_PER_BATCH,
-        )
+        yield _compare_batches(settings, name)
         if settings.peers:
-            yield _with_rates(
-                compare(
-                    f"one batch of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
-                    settings.measurable(
-                        Side("ours, streamed", prepare_one_batch, arguments, calls=16),
-                        Side(
-                            "cell-load",
-                            prepare_cell_load,
-                            {**arguments, "consecutive": False},
-                            environment="arc",
-                        ),
-                        Side(
-                            "cell-load, consecutive",
-                            prepare_cell_load,
-                            {**arguments, "consecutive": True},
-                            calls=4,
-                            environment="arc",
-                        ),
-                        Side(
-                            "scDataset",
-                            prepare_scdataset,
-                            arguments,
-                            calls=8,
-                            environment="scdataset",
-                        ),
-                    ),
-                    settings.rounds,
-                    check_rows_are_known,
-                    PEER_NOTES,
-                ),
-                ROWS_PER_BATCH,
-            )
+            yield _compare_peers(settings, name)
 
 
 def _compare_sets(settings: Settings, folder: str, *, cold: bool) -> Comparison:
@@ -152,6 +98,53 @@ def _compare_sets(settings: Settings, folder: str, *, cold: bool) -> Comparison:
         (COLD_NOTE if cold else WARM_NOTE, *SET_NOTES),
     )
     return _with_rates(comparison, (NUM_COLD_READS if cold else NUM_READS) * SET_LEN)
+
+
+def _compare_batches(settings: Settings, folder: str) -> Comparison:
+    arguments = {"folder": folder}
+
+    def batches(side: str, held: str, form: str = "dense") -> Side:
+        return Side(side, prepare_loader, {**arguments, "held": held, "form": form})
+
+    comparison = compare(
+        f"batches of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
+        [
+            batches("ours, streamed", "controls"),
+            batches("ours, nothing held", "nothing"),
+            batches("ours, resident sparse", "sparse"),
+            batches("ours, resident dense", "dense"),
+            batches("ours, streamed, counts", "controls", "counts"),
+            batches("ours, resident, counts", "sparse", "counts"),
+            Side("anndata backed", prepare_backed_batches, arguments),
+        ],
+        settings.rounds,
+        check_same_values,
+        BATCH_NOTES,
+    )
+    return _with_rates(comparison, BATCHES * ROWS_PER_BATCH)
+
+
+def _compare_peers(settings: Settings, folder: str) -> Comparison:
+    arguments = {"folder": folder}
+
+    def cell_load(side: str, *, consecutive: bool, calls: int = 1) -> Side:
+        drawn = {**arguments, "consecutive": consecutive}
+        return Side(side, prepare_cell_load, drawn, calls=calls, environment="arc")
+
+    scdataset = Side("scDataset", prepare_scdataset, arguments, calls=8, environment="scdataset")
+    comparison = compare(
+        f"one batch of {SETS_PER_BATCH} sets of {SET_LEN} x {GENES} with controls",
+        settings.measurable(
+            Side("ours, streamed", prepare_one_batch, arguments, calls=16),
+            cell_load("cell-load", consecutive=False),
+            cell_load("cell-load, consecutive", consecutive=True, calls=4),
+            scdataset,
+        ),
+        settings.rounds,
+        check_rows_are_known,
+        PEER_NOTES,
+    )
+    return _with_rates(comparison, ROWS_PER_BATCH)
 
 
 def _with_rates(comparison: Comparison, num_rows: int) -> Comparison:

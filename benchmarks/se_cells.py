@@ -9,8 +9,9 @@ Tests: ``pytest tests/unit/benchmarks/test_se_cells.py``.
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import scanpy as sc
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, exits_on_errors
 
 NUM_NEIGHBORS, NUM_FOLDS, NUM_HVGS, NUM_COMPONENTS = 15, 5, 2000, 50
 # Of cLISI, whose perplexity is a third of it.
@@ -114,9 +115,32 @@ def draw_umaps(
     figure.savefig(path, dpi=110)
 
 
-def main(raw_path: Path, embedded_path: Path, picture: Path | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the arguments, print the scores, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.se_cells",
+        description="Score how well an embedding separates cell types, beside PCA.",
+    )
+    parser.add_argument("raw", type=Path, metavar="RAW.h5ad", help="counts, with obs.cell_type")
+    parser.add_argument(
+        "embedded", type=Path, metavar="EMBEDDED.h5ad", help="the same cells, embedded"
+    )
+    parser.add_argument("picture", type=Path, nargs="?", metavar="PICTURE.png", help="UMAPs")
+    options = parser.parse_args(arguments)
+    with exits_on_errors(parser):
+        print_scores(options.raw, options.embedded, options.picture)
+    return 0
+
+
+def print_scores(raw_path: Path, embedded_path: Path, picture: Path | None = None) -> None:
     """Print a line for each representation and score."""
-    raw, embedded = ad.read_h5ad(raw_path), ad.read_h5ad(embedded_path)
+    raw, embedded = _read(raw_path), _read(embedded_path)
+    if LABEL not in raw.obs:
+        raise BenchmarkError(f"{raw_path} has no column {LABEL!r} in obs: it must label the cells")
+    if KEY not in embedded.obsm:
+        raise BenchmarkError(
+            f"{embedded_path} has no {KEY!r} in obsm: make it with `statewide embed apply`"
+        )
     if not raw.obs_names.equals(embedded.obs_names):
         raise BenchmarkError(f"{embedded_path} does not hold the cells of {raw_path}")
     is_labelled = find_labelled(raw.obs[LABEL])
@@ -141,5 +165,12 @@ def main(raw_path: Path, embedded_path: Path, picture: Path | None = None) -> No
             print(f"{name}: {metric} {value:.4f}")
 
 
+def _read(path: Path) -> ad.AnnData:
+    try:
+        return ad.read_h5ad(path)
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be read as h5ad: {error}") from None
+
+
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    sys.exit(main())

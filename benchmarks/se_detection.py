@@ -9,6 +9,7 @@ Tests: ``pytest tests/unit/benchmarks/test_se_detection.py``.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, exits_on_errors
 from data_store.files import sha256_of_file
 from data_store.schema import run_in_process
 from launcher.embed_apply import MAX_SCORED_CELLS, EmbedBlock, embed_block
@@ -103,7 +104,20 @@ def _rank(answers: DetectionAnswers, frequency_K: npt.NDArray[np.float32]) -> De
     return replace(answers, decoded_SK=ranked_SK)
 
 
-def main(run_dir: Path) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the arguments, print the scores, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.se_detection",
+        description="Score how well SE tells expressed genes in cells of two sets together.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of SE, on several sets")
+    options = parser.parse_args(arguments)
+    with exits_on_errors(parser):
+        print_scores(options.run)
+    return 0
+
+
+def print_scores(run_dir: Path) -> None:
     """Print the scores of each two sets that share genes."""
     folder, config = open_embed_folder(run_dir)
     if len(config.datasets) < 2:
@@ -139,4 +153,4 @@ def main(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main())

@@ -83,11 +83,16 @@ def take_plain_rows(
             if not is_plain:
                 return None
             largest = max(largest, int(top))
-    if largest <= np.iinfo(np.uint8).max:
-        small = _scratch.take("small values", values.size, np.dtype(np.uint8))
-        np.copyto(small, values, casting="unsafe")
-        values = small
-    return Pieces(place[order], indptr, genes, values), sums[order]
+    return Pieces(place[order], indptr, genes, _narrow(values, largest)), sums[order]
+
+
+def _narrow(values: Array, largest: int) -> Array:
+    """Return counts as bytes where the largest of them fits."""
+    if largest > np.iinfo(np.uint8).max:
+        return values
+    small = _scratch.take("small values", values.size, np.dtype(np.uint8))
+    np.copyto(small, values, casting="unsafe")
+    return small
 
 
 def _has_plain_types(group: Any) -> bool:

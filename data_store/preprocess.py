@@ -15,7 +15,9 @@ from pathlib import Path
 
 from data_store.annotations import consolidate_metadata, write_annotations
 from data_store.atlas import open_source
+from data_store.cell_embedding import EmbeddingDeals
 from data_store.deal import estimate_nnz
+from data_store.deal_file import Deals
 from data_store.files import FullDiskError, full_disk_is_a_user_error, show_bytes
 from data_store.genes import check_flavor
 from data_store.ingest import CountSource
@@ -24,6 +26,7 @@ from data_store.manifest import FileRecord, Manifest, write_manifest
 from data_store.preprocess_plan import (
     Cells,
     PreprocessSpec,
+    StoreContent,
     deal_cell_embedding,
     deal_cells,
     find_cell_embedding,
@@ -130,7 +133,7 @@ def _build(
     embedding_deals = deal_cell_embedding(embedding, workspace, run_tasks)
     dealt = deal_cells(spec, source, cells.rows, workspace, run_tasks)
     content = plan_store(spec, source, cells, dealt, embed_dim, workspace, run_tasks)
-    plan, root = content.plan, workspace.root
+    plan = content.plan
     _check_room(
         workspace,
         BYTES_PER_NNZ * plan.layout.nnz
@@ -140,26 +143,9 @@ def _build(
         - workspace.num_bytes(),
         "the store needs",
     )
-    create_arrays(root, plan.layout, plan.indptr)
-    write_annotations(
-        root,
-        content.obs,
-        content.var,
-        target_sum=content.target_sum,
-        hvg_flavor=spec.hvg_flavor,
-    )
-    consolidate_metadata(root)
-    job = WriteJob(
-        *(root, workspace.records, dealt.deals, plan.layout, plan.hvg_index),
-        embedding_deals,
-    )
-    blocks = plan_store_blocks(plan.layout, plan.indptr, plan.size_factors)
-    written = run_tasks(partial(write_block, job=job), blocks, what="write store", unit="cells")
-    shards: dict[str, FileRecord] = {}
-    for files in written:
-        shards |= files
+    shards = _write_arrays(spec, content, dealt.deals, embedding_deals, workspace, run_tasks)
     write_manifest(
-        root,
+        workspace.root,
         Manifest(
             source={
                 **spec.describe_source(),
@@ -172,6 +158,37 @@ def _build(
             files=workspace.list_files(shards),
         ),
     )
+
+
+def _write_arrays(
+    spec: PreprocessSpec,
+    content: StoreContent,
+    deals: Deals,
+    embedding_deals: EmbeddingDeals | None,
+    workspace: Workspace,
+    run_tasks: TaskRunner,
+) -> dict[str, FileRecord]:
+    """Write the matrices and their tables; return the shards with their checksums."""
+    plan, root = content.plan, workspace.root
+    create_arrays(root, plan.layout, plan.indptr)
+    write_annotations(
+        root,
+        content.obs,
+        content.var,
+        target_sum=content.target_sum,
+        hvg_flavor=spec.hvg_flavor,
+    )
+    consolidate_metadata(root)
+    job = WriteJob(
+        *(root, workspace.records, deals, plan.layout, plan.hvg_index),
+        embedding_deals,
+    )
+    blocks = plan_store_blocks(plan.layout, plan.indptr, plan.size_factors)
+    written = run_tasks(partial(write_block, job=job), blocks, what="write store", unit="cells")
+    shards: dict[str, FileRecord] = {}
+    for files in written:
+        shards |= files
+    return shards
 
 
 def _check_room(workspace: Workspace, needed: int, what: str) -> None:

@@ -285,12 +285,7 @@ def plan_store(
     """
     library_size = _choose_library_size(spec, cells, dealt)
     num_empty = _report_empty_cells(dealt.nnz)
-    target_sum = compute_target_sum(library_size)
-    if target_sum <= 0:
-        raise StoreError(
-            f"the median library size of the {cells.rows.size} cells of {spec.input} is "
-            f"{target_sum:g}: more than half of them have no counts; filter them out (data.keep)"
-        )
+    target_sum = _choose_target_sum(spec, library_size)
     factors = compute_size_factors(library_size, target_sum)
     genes = workspace.cached(
         "genes", partial(_rank, spec, cells, dealt.deals, source.genes, factors, run_tasks)
@@ -320,6 +315,16 @@ def plan_store(
         hvg_nnz=int(genes["nnz"][hvg_index].sum()),
         counts=_count(layout, cells, num_empty, genes["nnz"]),
     )
+
+
+def _choose_target_sum(spec: PreprocessSpec, library_size: npt.NDArray[np.float64]) -> float:
+    target_sum = compute_target_sum(library_size)
+    if target_sum <= 0:
+        raise StoreError(
+            f"the median library size of the {library_size.size} cells of {spec.input} is "
+            f"{target_sum:g}: more than half of them have no counts; filter them out (data.keep)"
+        )
+    return target_sum
 
 
 def _count(

@@ -48,25 +48,9 @@ def make_fold_splits(
     StoreError
         If there is no such fold, or too few perturbations for it.
     """
-    if not (folds >= 2 and 0 <= fold < folds):
-        raise StoreError(
-            f"split.fold = {fold} of split.folds = {folds}: folds must be at least 2, and fold "
-            "one of 0 to folds - 1"
-        )
     left_out = {store.control, *drop}
     names = [name for name in store.perturbations if name not in left_out]
-    largest_fold = -(-len(names) // folds)
-    if len(names) < folds or len(names) - largest_fold < 2:
-        raise StoreError(
-            f"{store.path} has {len(names)} perturbations ({some(names)}), too few for "
-            f"split.folds = {folds}: each fold needs one, and the largest must leave two for "
-            "train and val"
-        )
-    if val + 1 / folds >= 1:
-        raise StoreError(
-            f"split.val = {val:g} and a fold of 1/{folds} for test leave nothing to train on; "
-            "lower split.val"
-        )
+    _refuse_folds(store, names, folds=folds, fold=fold, val=val)
     shuffled = order_by_hash(names, seed)
     parts = [shuffled[number::folds] for number in range(folds)]
     rest = [name for step in range(1, folds) for name in parts[(fold + step) % folds]]
@@ -79,6 +63,28 @@ def make_fold_splits(
         for context, present in perturbations_by_context(store).items()
     }
     return Splits(assignment, controls, seed, make_shares(1 - val - 1 / folds, val))
+
+
+def _refuse_folds(
+    store: LabelledCells, names: Sequence[str], *, folds: int, fold: int, val: float
+) -> None:
+    if not (folds >= 2 and 0 <= fold < folds):
+        raise StoreError(
+            f"split.fold = {fold} of split.folds = {folds}: folds must be at least 2, and fold "
+            "one of 0 to folds - 1"
+        )
+    largest_fold = -(-len(names) // folds)
+    if len(names) < folds or len(names) - largest_fold < 2:
+        raise StoreError(
+            f"{store.path} has {len(names)} perturbations ({some(names)}), too few for "
+            f"split.folds = {folds}: each fold needs one, and the largest must leave two for "
+            "train and val"
+        )
+    if val + 1 / folds >= 1:
+        raise StoreError(
+            f"split.val = {val:g} and a fold of 1/{folds} for test leave nothing to train on; "
+            "lower split.val"
+        )
 
 
 def make_context_splits(

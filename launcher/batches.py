@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,57 @@ def build_batch_source(
     train_sets = build_train_sets(config, store, splits)
     val_sets = _build_sets(config, store, *val_rows)
     copies = SharedCopies() if world_size > 1 else None
+    reader, gene_reader = _open_readers(
+        config, store, train_rows, val_rows, copies, as_counts=as_counts
+    )
+    load = partial(
+        CellSetLoader,
+        reader=reader,
+        prefetch_batches=config.data.prefetch_batches,
+        as_counts=as_counts,
+        gene_reader=gene_reader,
+    )
+
+    def open_train(position: int) -> CellSetLoader:
+        sampler = SetSampler(
+            sets_per_epoch=train_sets.sets_per_epoch,
+            seed=config.seed,
+            micro_batch_size=settings.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            position=position,
+        )
+        return load(train_sets, sampler)
+
+    def iterate_val() -> Iterable[tuple[CellBatch, npt.NDArray[np.float32]]]:
+        sampler = FixedSetSampler(
+            sets_per_epoch=val_sets.sets_per_epoch,
+            seed=config.seed,
+            micro_batch_size=settings.micro_batch_size,
+            max_sets=settings.val_max_sets,
+            rank=rank,
+            world_size=world_size,
+        )
+        return load(val_sets, sampler).with_weights()
+
+    return BatchSource(open_train=open_train, iterate_val=iterate_val)
+
+
+def _open_readers(
+    config: RunConfig,
+    store: Store,
+    train_rows: tuple[Rows, Rows],
+    val_rows: tuple[Rows, Rows],
+    copies: SharedCopies | None,
+    *,
+    as_counts: bool,
+) -> tuple[RowReader, RowReader | None]:
+    """Open what the model reads of a cell, and the genes that a decoder is trained on, if any.
+
+    ``train_rows`` and ``val_rows`` are perturbed and control cells. What is read most is held in
+    memory first.
+    """
+    model = config.model
     cell_rows = open_rows(
         store,
         model.cell_space,
@@ -58,55 +110,18 @@ def build_batch_source(
     reader: RowReader = cell_rows
     if model.embed_key is not None:
         reader = StandardizedRows(cell_rows, measure_embedding(store, train_rows[1]))
-    gene_reader = None
-    if model.has_decoder:
+    if not model.has_decoder:
+        return reader, None
+    gene_reader = open_rows(
+        store,
+        model.gene_space,
         # Of controls the decoder asks nothing.
-        gene_reader = open_rows(
-            store,
-            model.gene_space,
-            np.concatenate([val_rows[0], train_rows[0]]),
-            resident_gib=config.data.resident_gib - cell_rows.held_gib,
-            as_counts=as_counts,
-            copies=copies,
-        )
-
-    def open_train(position: int) -> CellSetLoader:
-        sampler = SetSampler(
-            sets_per_epoch=train_sets.sets_per_epoch,
-            seed=config.seed,
-            micro_batch_size=settings.micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            position=position,
-        )
-        return CellSetLoader(
-            train_sets,
-            sampler,
-            reader,
-            prefetch_batches=config.data.prefetch_batches,
-            as_counts=as_counts,
-            gene_reader=gene_reader,
-        )
-
-    def iterate_val() -> Iterable[tuple[CellBatch, npt.NDArray[np.float32]]]:
-        sampler = FixedSetSampler(
-            sets_per_epoch=val_sets.sets_per_epoch,
-            seed=config.seed,
-            micro_batch_size=settings.micro_batch_size,
-            max_sets=settings.val_max_sets,
-            rank=rank,
-            world_size=world_size,
-        )
-        return CellSetLoader(
-            val_sets,
-            sampler,
-            reader,
-            prefetch_batches=config.data.prefetch_batches,
-            as_counts=as_counts,
-            gene_reader=gene_reader,
-        ).with_weights()
-
-    return BatchSource(open_train=open_train, iterate_val=iterate_val)
+        np.concatenate([val_rows[0], train_rows[0]]),
+        resident_gib=config.data.resident_gib - cell_rows.held_gib,
+        as_counts=as_counts,
+        copies=copies,
+    )
+    return reader, gene_reader
 
 
 def build_train_sets(config: RunConfig, store: Store, splits: Splits) -> CellSets:

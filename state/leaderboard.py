@@ -92,7 +92,11 @@ def build_leaderboard(
         _describe(model, entry, scores, best) | {"num_perturbations": num_perts}
         for model, entry in scores.items()
     ]
-    table = pd.DataFrame(rows)
+    return _sort_by_rank(pd.DataFrame(rows))
+
+
+def _sort_by_rank(table: pd.DataFrame) -> pd.DataFrame:
+    """Put the best Overall first; the ceiling, which is no model, comes last."""
     table["is_ceiling"] = table["model"] == CEILING
     table = table.sort_values(
         ["is_ceiling", "overall"], ascending=[True, False], kind="stable", ignore_index=True

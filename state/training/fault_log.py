@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import BinaryIO, Literal, TypeAlias
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,9 @@ class FaultLog:
         fault = Fault(kind, message, step, count, seconds_lost, self._command(), time.time())
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(asdict(fault)) + "\n")
+            with self._path.open("ab+") as handle:
+                line = json.dumps(asdict(fault)) + "\n"
+                handle.write((_end_of_torn_line(handle) + line).encode())
         except OSError as error:
             logger.warning("%s could not be added to: %s", self._path, error)
 
@@ -140,3 +142,14 @@ class FaultLog:
             return (self._run_dir / ".lock").read_text(encoding="utf-8").strip()
         except OSError:
             return ""
+
+
+def _end_of_torn_line(handle: BinaryIO) -> str:
+    """Return what ends the last line of a file: a newline where a crash tore it, else nothing.
+
+    Without it the next fault would become part of the torn line, and be left out with it.
+    """
+    if handle.seek(0, os.SEEK_END) == 0:
+        return ""
+    handle.seek(-1, os.SEEK_END)
+    return "" if handle.read(1) == b"\n" else "\n"

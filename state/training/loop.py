@@ -82,8 +82,7 @@ def train(
         When the loss is not finite; the last checkpoint is from before that step.
     """
     progress = checkpoints.restore(engine)
-    best = engine.broadcast_object(checkpoints.best() if engine.rank == 0 else None)
-    best_val_loss = math.inf if best is None else best.progress.val_loss
+    best_val_loss = find_best_val_loss(checkpoints, engine)
     monitor.start(progress.step)
     watch = Stopwatch(flops, find_peak(settings, engine))
     first_bad = torch.full((), math.inf, dtype=torch.float64, device=engine.device)
@@ -100,8 +99,7 @@ def train(
 
             is_last, is_leaving = progress.step == settings.max_steps, False
             if progress.step % settings.log_every_steps == 0 or is_last:
-                scalars = mean_over_ranks(engine, losses)
-                refuse_non_finite(engine, scalars["train/loss"], first_bad, progress.step)
+                scalars = finite_means(engine, losses, first_bad, progress.step)
                 scalars |= {"train/lr": lr, "train/grad_norm": engine.grad_norm}
                 monitor.record(progress.step, scalars | watch.read(engine.world_size))
                 is_leaving = any(engine.gather_objects(is_stop_asked()))
@@ -117,16 +115,28 @@ def train(
 
             is_due = progress.step % settings.checkpoint_every_steps == 0
             if is_due or is_new_best or is_last or is_leaving:
-                scalars = mean_over_ranks(engine, losses)
-                refuse_non_finite(engine, scalars["train/loss"], first_bad, progress.step)
-                started_s = time.perf_counter()
-                with watch.paused():
-                    checkpoints.save(engine, progress)
-                seconds = time.perf_counter() - started_s
+                finite_means(engine, losses, first_bad, progress.step)
+                seconds = save_timed(checkpoints, engine, progress, watch)
                 monitor.record(progress.step, {"time/checkpoint_s": seconds})
             if is_leaving:
                 break
     return progress
+
+
+def find_best_val_loss(checkpoints: CheckpointFolder, engine: Engine) -> float:
+    """Return the lowest validation loss of the checkpoints that rank 0 sees; infinity: none."""
+    best = engine.broadcast_object(checkpoints.best() if engine.rank == 0 else None)
+    return math.inf if best is None else best.progress.val_loss
+
+
+def save_timed(
+    checkpoints: CheckpointFolder, engine: Engine, progress: Progress, watch: Stopwatch
+) -> float:
+    """Save a checkpoint (collective) and return for how long training stood still, seconds."""
+    started_s = time.perf_counter()
+    with watch.paused():
+        checkpoints.save(engine, progress)
+    return time.perf_counter() - started_s
 
 
 @contextmanager
@@ -198,6 +208,19 @@ def mean_over_ranks(engine: Engine, losses: Tensor) -> dict[str, float]:
     means = engine.sum_over_ranks(losses.double()) / engine.world_size
     tags = ["train/loss", *(f"train/{name}" for name in engine.term_names)]
     return dict(zip(tags, means.tolist(), strict=True))
+
+
+def finite_means(engine: Engine, losses: Tensor, first_bad: Tensor, step: int) -> dict[str, float]:
+    """Return ``mean_over_ranks``, unless this step or one before it was not finite (collective).
+
+    Raises
+    ------
+    NonFiniteError
+        As ``refuse_non_finite``.
+    """
+    means = mean_over_ranks(engine, losses)
+    refuse_non_finite(engine, means["train/loss"], first_bad, step)
+    return means
 
 
 def find_peak(settings: TrainConfig, engine: Engine) -> float | None:

@@ -9,7 +9,7 @@ from benchmarks import __main__ as command
 from benchmarks import differential
 from benchmarks.differential import check_p_values
 from benchmarks.errors import BenchmarkError
-from benchmarks.harness import Comparison, Measurement, Side, compare, run_side
+from benchmarks.harness import REPO_ROOT, Comparison, Measurement, Side, compare, run_side
 from benchmarks.mmd import check_errors
 from benchmarks.preprocess import check_same_genes
 from benchmarks.record import ResultFile
@@ -130,10 +130,23 @@ def test_a_benchmark_without_a_comparison_fails_and_leaves_no_file(tmp_path, mon
 
 def test_a_benchmark_writes_and_prints_what_it_compared(tmp_path, monkeypatch, capsys, comparison):
     monkeypatch.setitem(command.BENCHMARKS, "mmd", lambda settings: [comparison])
-    assert command.main(["mmd", "--results", str(tmp_path)]) == 0
+    assert command.main(["mmd", "--rounds", "2", "--results", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "mmd.json").read_text(encoding="utf-8"))
-    assert content["command"] == f"python -m benchmarks mmd --results {tmp_path}"
+    assert content["command"] == "python -m benchmarks mmd --rounds 2"
     assert comparison.table() in capsys.readouterr().out
+
+
+def test_no_folder_of_this_machine_is_recorded(tmp_path, monkeypatch, comparison):
+    monkeypatch.setitem(command.BENCHMARKS, "mmd", lambda settings: [comparison])
+    folder = tmp_path / "atlases"
+    for given in (["--folder", str(folder)], [f"--folder={folder}"]):
+        command.main(["mmd", *given, f"--results={tmp_path}", "--depth", "0.5"])
+        text = (tmp_path / "mmd.json").read_text(encoding="utf-8")
+        assert str(tmp_path) not in text
+        assert json.loads(text)["command"] == "python -m benchmarks mmd --depth 0.5"
+        assert json.loads(text)["settings"]["depth"] == 0.5
+    for path in (REPO_ROOT / "benchmarks" / "results").glob("*.json"):
+        assert "folder" not in json.loads(path.read_text(encoding="utf-8"))["settings"]
 
 
 def test_what_was_compared_before_an_error_is_kept(tmp_path, monkeypatch, capsys, comparison):

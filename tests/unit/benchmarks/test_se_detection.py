@@ -1,8 +1,11 @@
 """Rankings over cells of two sets that express other genes."""
 
-import numpy as np
+from pathlib import Path
 
-from benchmarks.se_detection import score_together
+import numpy as np
+import pytest
+
+from benchmarks.se_detection import main, score_together
 from state.embedding.scores import DetectionAnswers
 
 
@@ -30,3 +33,16 @@ def test_a_ranking_that_knows_the_set_is_told_from_one_that_does_not():
     # 3 + 3 + 3 expressed, which both rank above all others.
     assert scores["SE"]["pairs"] == scores["frequency in the own set"]["pairs"] == 1.0
     assert scores["frequency in all sets"]["pairs"] < 0.6
+
+
+def test_input_that_cannot_be_used_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for arguments, message in (
+        ([], "the following arguments are required: RUN"),
+        ([str(tmp_path / "none")], str(tmp_path / "none")),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.splitlines()[-1].startswith("python -m benchmarks.se_detection: ")

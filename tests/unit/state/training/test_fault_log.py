@@ -79,7 +79,7 @@ def test_a_torn_line_is_left_out_and_nothing_stops_training(run_dir: Path, caplo
     log = FaultLog(run_dir)
     log.add("restart", "one")
     with (run_dir / "logs" / "faults.jsonl").open("a") as handle:
-        handle.write('{"kind": "rest\n')
+        handle.write('{"kind": "rest')
     log.add("restart", "two")
     assert [fault.message for fault in log.read()] == ["one", "two"]
     (run_dir / "logs" / "faults.jsonl").unlink()
