@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,9 +31,15 @@ class DamagedCopyError(StoreError):
     """A copy whose files are not those of its manifest."""
 
 
+class FolderGoneError(Exception):
+    """The folder was removed while it was copied: nothing is wrong with the URL."""
+
+
 def check_url(url: str, key: str) -> None:
     """Raise ``StoreError`` if nothing here can open such a URL; nothing is asked of its server."""
-    protocol = url.split("://", 1)[0]
+    protocol, place = url.split("://", 1)
+    if protocol in ("file", "local") and not place.startswith("/"):
+        raise StoreError(f"{key} = {url!r} is no whole path: write file:///FOLDER")
     try:
         fsspec.get_filesystem_class(protocol)
     except (ValueError, ImportError) as error:
@@ -51,6 +58,8 @@ class FolderMirror:
         Where they are: ``s3://bucket/run``, ``gs://...``, ``file:///...``.
     key
         The setting it comes from, for messages.
+    pattern
+        Regular expression of the folders' names; nothing else there is looked at.
 
     Raises
     ------
@@ -58,8 +67,8 @@ class FolderMirror:
         If the URL's file system is not known, needs a package, or cannot be written to.
     """
 
-    def __init__(self, url: str, key: str) -> None:
-        self.url, self._key = url.rstrip("/"), key
+    def __init__(self, url: str, key: str, pattern: str) -> None:
+        self.url, self._key, self._pattern = url.rstrip("/"), key, re.compile(pattern)
         check_url(url, key)
         with self._failures_named("cannot be written to"):
             self._fs, self._root = _open(self.url)
@@ -69,6 +78,16 @@ class FolderMirror:
 
     def committed(self) -> dict[str, dict[str, Any]]:
         """Return the manifests of the committed folders, by name, in order of their names."""
+        found = {name: self.read_manifest(name) for name in self._names()}
+        return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+    def remove_uncommitted(self) -> None:
+        """Remove what copies that were killed half-way have left."""
+        for name in self._names():
+            if self.read_manifest(name) is None:
+                self.remove(name)
+
+    def _names(self) -> list[str]:
         with self._failures_named("cannot be read"):
             # Another process may have written since it was listed last.
             self._fs.invalidate_cache()
@@ -76,35 +95,42 @@ class FolderMirror:
                 paths = self._fs.ls(self._root, detail=False)
             except FileNotFoundError:
                 # Object stores have no empty folders.
-                return {}
-            names = sorted(path.rsplit("/", 1)[-1] for path in paths)
-            found = {name: self._read_manifest(name) for name in names}
-        return {name: manifest for name, manifest in found.items() if manifest is not None}
+                return []
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        return sorted(name for name in names if self._pattern.fullmatch(name))
 
     def push(self, folder: Path) -> None:
         """Copy a committed folder, its ``COMMIT`` last.
 
         Raises
         ------
-        FileNotFoundError
+        FolderGoneError
             If it was removed meanwhile; what was copied is removed.
         StoreError
             If the URL cannot be written to.
         """
-        target = f"{self._root}/{folder.name}"
-        with self._failures_named("cannot be written to"):
-            self.remove(folder.name)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            files.sort(key=lambda path: path == folder / COMMIT)
-            if not files or files[-1].name != COMMIT:
-                raise FileNotFoundError(folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files.sort(key=lambda path: path == folder / COMMIT)
+        if not files or files[-1].name != COMMIT:
+            raise FolderGoneError(folder)
+        self.remove(folder.name)
+        try:
             for path in files:
-                if not path.exists():
-                    self.remove(folder.name)
-                    raise FileNotFoundError(path)
-                remote = f"{target}/{path.relative_to(folder).as_posix()}"
-                self._fs.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
+                self._put(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
+        except FolderGoneError:
+            self.remove(folder.name)
+            raise
+
+    def _put(self, path: Path, name: str) -> None:
+        remote = f"{self._root}/{name}"
+        with self._failures_named("cannot be written to"):
+            self._fs.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
+            try:
                 self._fs.put_file(str(path), remote)
+            except FileNotFoundError:
+                if path.exists():
+                    raise
+                raise FolderGoneError(path) from None
 
     def fetch(self, name: str, final: Path) -> None:
         """Copy a committed folder from the URL, check every file, and give it its name last.
@@ -119,14 +145,15 @@ class FolderMirror:
         partial = final.with_name(f"{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            with self._failures_named("cannot be read"), full_disk_is_a_user_error(final):
-                manifest = self._read_manifest(name)
-                files = {} if manifest is None else manifest["files"]
-                for file in (*files, MANIFEST, COMMIT):
-                    (partial / file).parent.mkdir(parents=True, exist_ok=True)
-                    self._fs.get_file(f"{self._root}/{name}/{file}", str(partial / file))
+            manifest = self.read_manifest(name)
+            files = {} if manifest is None else manifest["files"]
+            for file in (*files, MANIFEST, COMMIT):
+                self._get(f"{name}/{file}", partial / file)
             damaged = [
-                file for file in files if sha256_of_file(partial / file) != files[file]["sha256"]
+                file
+                for file in files
+                if not (partial / file).is_file()
+                or sha256_of_file(partial / file) != files[file]["sha256"]
             ]
             if damaged:
                 raise DamagedCopyError(
@@ -137,6 +164,13 @@ class FolderMirror:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
+    def _get(self, name: str, path: Path) -> None:
+        """Copy a file from the URL; leave out one that is not there."""
+        with self._failures_named("cannot be read"), full_disk_is_a_user_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                self._fs.get_file(f"{self._root}/{name}", str(path))
+
     def remove(self, name: str) -> None:
         """Remove a folder, its ``COMMIT`` first."""
         with self._failures_named("cannot be written to"):
@@ -146,12 +180,14 @@ class FolderMirror:
             if self._fs.exists(target):
                 self._fs.rm(target, recursive=True)
 
-    def _read_manifest(self, name: str) -> dict[str, Any] | None:
-        try:
-            commit = self._fs.cat_file(f"{self._root}/{name}/{COMMIT}")
-            content = self._fs.cat_file(f"{self._root}/{name}/{MANIFEST}")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    def read_manifest(self, name: str) -> dict[str, Any] | None:
+        """Return the manifest of a folder; None if it is not there, or not committed."""
+        with self._failures_named("cannot be read"):
+            try:
+                commit = self._fs.cat_file(f"{self._root}/{name}/{COMMIT}")
+                content = self._fs.cat_file(f"{self._root}/{name}/{MANIFEST}")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         if commit.decode(errors="replace").strip() != hashlib.sha256(content).hexdigest():
             return None
         manifest: dict[str, Any] = json.loads(content)
@@ -161,13 +197,15 @@ class FolderMirror:
     def _failures_named(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, UserError):
+        except (UserError, FolderGoneError):
             raise
         # Each file system has errors of its own: botocore's, gcsfs's, aiohttp's.
         except Exception as error:
+            # KeyError and others have no words of their own.
+            reason = str(error) or type(error).__name__
             raise StoreError(
-                f"{self._key} = {self.url!r} {what}: {error or type(error).__name__}. Check the "
-                "address, the credentials, and that its package is installed (s3fs, gcsfs, ...)"
+                f"{self._key} = {self.url!r} {what}: {reason}. Check the address, the credentials, "
+                "and the room there"
             ) from error
 
 

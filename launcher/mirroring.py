@@ -7,14 +7,14 @@ workers write to. Tests: ``pytest tests/unit/launcher/test_mirroring.py``.
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
-from data_store.mirror import MANIFEST, DamagedCopyError, FolderMirror
+from data_store.mirror import MANIFEST, DamagedCopyError, FolderGoneError, FolderMirror
 from data_store.schema import UserError
 from launcher.errors import LaunchError
 from launcher.progress import Reporter
@@ -22,9 +22,8 @@ from launcher.training import TrainingConfig
 from state.training.checkpoint import CheckpointFolder
 from state.training.checkpoint_files import Checkpoint, find_damaged_files
 
-logger = logging.getLogger(__name__)
-
 MIRROR_KEY: Final = "train.checkpoint_mirror"
+_NAMES: Final = r"step_\d{8,}"
 _SECONDS_BETWEEN_LOOKS = 2.0
 _LAST_LOOKS = 3
 
@@ -36,11 +35,19 @@ def open_mirror(config: TrainingConfig) -> FolderMirror | None:
     ------
     StoreError
         If it cannot be written to.
+    LaunchError
+        If it is the run folder itself.
     """
     url = config.train.checkpoint_mirror
     if url is None:
         return None
-    return FolderMirror(f"{url.rstrip('/')}/{config.output_dir.name}", MIRROR_KEY)
+    _, _, place = url.partition("file://")
+    if place and config.output_dir.resolve() == Path(place).resolve() / config.output_dir.name:
+        raise LaunchError(
+            f"{MIRROR_KEY} = {url!r}: its folder {config.output_dir.name} is the run folder "
+            "itself. Name a place on another disk"
+        )
+    return FolderMirror(f"{url.rstrip('/')}/{config.output_dir.name}", MIRROR_KEY, _NAMES)
 
 
 def forget_mirrored(config: TrainingConfig) -> None:
@@ -72,6 +79,7 @@ def mirrored(
         yield
         return
     follower = _Follower(mirror, checkpoints, reporter)
+    mirror.remove_uncommitted()
     follower.fetch_newer()
     finished = threading.Event()
 
@@ -121,12 +129,15 @@ class _Follower:
         self._there = mirror.committed()
         self._has_failed = False
         for manifest in self._there.values():
-            if manifest.get("run_fingerprint") != checkpoints.run_fingerprint:
-                raise LaunchError(
-                    f"{MIRROR_KEY}: {mirror.url} holds checkpoints of a run with other settings "
-                    "or other data. Choose another URL or output_dir, or start again with "
-                    "--overwrite, which removes them"
-                )
+            self._refuse_another_run(manifest)
+
+    def _refuse_another_run(self, manifest: dict[str, Any]) -> None:
+        if manifest.get("run_fingerprint") != self._checkpoints.run_fingerprint:
+            raise LaunchError(
+                f"{MIRROR_KEY}: {self._mirror.url} holds checkpoints of a run with other settings "
+                "or other data. Choose another URL or output_dir, or start again with "
+                "--overwrite, which removes them"
+            )
 
     def fetch_newer(self) -> None:
         """Fetch what is missing here, if the newest checkpoint there is newer than any here."""
@@ -149,13 +160,12 @@ class _Follower:
         """Copy what is new, and remove what is not kept; return whether all is done."""
         try:
             self._copy()
-        except FileNotFoundError:
+        except FolderGoneError:
             # Removed here while it was copied: at the next look there is a newer one.
             return False
         except (UserError, OSError) as error:
             if not self._has_failed:
                 self._reporter.say(f"  checkpoints are not copied for now: {error}")
-            logger.warning("%s", error)
             self._has_failed = True
             return False
         self._has_failed = False
@@ -172,6 +182,8 @@ class _Follower:
     def _copy(self) -> None:
         here = {checkpoint.folder.name: checkpoint for checkpoint in self._checkpoints.complete()}
         for name in self.find_missing():
+            # Another run may have begun since, in a folder of the same name.
+            self._refuse_another_run(self._mirror.read_manifest(name) or _read_manifest(here[name]))
             self._mirror.push(here[name].folder)
             self._there[name] = _read_manifest(here[name])
         newest = max(here, default="")

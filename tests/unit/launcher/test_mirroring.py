@@ -62,7 +62,7 @@ def url() -> str:
 
 
 def names_at(url: str) -> list[str]:
-    return list(FolderMirror(f"{url}night", "test").committed())
+    return list(FolderMirror(f"{url}night", "test", mirroring._NAMES).committed())
 
 
 def test_a_machine_that_has_nothing_goes_on_where_the_last_one_stopped(url: str, tmp_path: Path):
@@ -174,6 +174,24 @@ def test_another_runs_checkpoints_are_refused_until_overwritten(url: str, tmp_pa
     shutil.rmtree(other.checkpoints.folder)
     other.train((1, 0.9))
     assert names_at(url) == ["step_00000001"]
+
+
+def test_a_run_that_comes_meanwhile_is_not_written_over(url: str, tmp_path: Path):
+    """Two runs of one name: both may find the URL empty."""
+    first = Machine(tmp_path / "first", url)
+    other = Machine(tmp_path / "second", url, fingerprint="other")
+    with mirrored(first.config, first.checkpoints, first.reporter):
+        other.train((1, 0.9))
+        first.save(1, 0.9)
+    assert "not copied for now: train.checkpoint_mirror: " in first.said.getvalue()
+    copy = FolderMirror(f"{url}night", "test", mirroring._NAMES).read_manifest("step_00000001")
+    assert copy["run_fingerprint"] == "other"
+
+
+def test_the_run_folder_is_no_place_for_copies(tmp_path: Path):
+    machine = Machine(tmp_path / "first", f"file://{tmp_path}/first")
+    with pytest.raises(LaunchError, match="is the run folder itself"):
+        machine.train((1, 0.9))
 
 
 def test_a_url_that_fails_for_a_while_is_warned_of_once(url: str, tmp_path: Path, monkeypatch):
