@@ -181,7 +181,8 @@ class _Follower:
 
     def _copy(self) -> None:
         here = {checkpoint.folder.name: checkpoint for checkpoint in self._checkpoints.complete()}
-        for name in self.find_missing():
+        # The newest first: the older ones may be removed here while they are copied.
+        for name in reversed(self.find_missing()):
             # Another run may have begun since, in a folder of the same name.
             self._refuse_another_run(self._mirror.read_manifest(name) or _read_manifest(here[name]))
             self._mirror.push(here[name].folder)
