@@ -104,7 +104,10 @@ def _read_gene_names(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"--genes {path} cannot be read: {error}") from error
+        raise StoreError(
+            f"--genes {path} cannot be read as text: {error}. Give the challenge's list of genes, "
+            "a csv without header"
+        ) from error
     names = tuple(name for line in lines if (name := line.split(",")[0].strip().strip('"')))
     if not names or len(set(names)) < len(names):
         raise StoreError(

@@ -103,6 +103,8 @@ def prep(
     """
     from data_store.challenge import write_challenge_archive
     from data_store.schema import ObsColumns
+    from launcher.output_name import refuse_output_name
 
+    refuse_output_name(out, ".vcc")
     columns = ObsColumns(pert_col=pert_col, control_pert=control)
     typer.echo(write_challenge_archive(pred, genes, out, columns, max_cells=max_cells))

@@ -20,6 +20,7 @@ def predict(
     Example: statewide predict runs/demo --split val --out val_pred.h5ad
     """
     from launcher.errors import LaunchError
+    from launcher.output_name import refuse_output_name
     from launcher.pipeline import Pipeline
     from launcher.predict_job import predict_split
     from launcher.progress import Reporter
@@ -29,6 +30,7 @@ def predict(
     wanted = next((name for name in SPLIT_NAMES if name == split_name), None)
     if wanted is None:
         raise LaunchError(f"--split {split_name!r} must be one of {', '.join(SPLIT_NAMES)}")
+    refuse_output_name(out, ".h5ad")
     folder, config = open_run_folder(run_dir)
     reporter = Reporter()
     trained = Pipeline(config, ThisProcess(reporter), reporter)

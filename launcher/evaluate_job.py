@@ -22,7 +22,7 @@ from launcher.run_folder import RunFolder
 from launcher.run_report import write_run_report
 from state.config import RunConfig
 from state.evaluate import Evaluation, compare, judge_prediction
-from state.leaderboard import build_leaderboard
+from state.leaderboard import CEILING, build_leaderboard
 from state.leaderboard_format import (
     leaderboard_to_csv,
     leaderboard_to_html,
@@ -161,6 +161,9 @@ def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None
     for title in ("DES", "PDS", "MAE", "Overall", "95 % interval", f"less {best}"):
         table.add_column(title, justify="right")
     for row in leaderboard.itertuples():
+        # The best baseline is no better than itself, and the ceiling is not ranked.
+        compared = row.model not in (best, CEILING)
+        less = f"{row.difference:+.2f} ({row.difference_low:+.2f} to {row.difference_high:+.2f})"
         table.add_row(
             str(row.model),
             f"{row.des:.4f}",
@@ -168,7 +171,7 @@ def print_leaderboard(folder: RunFolder, console: Console | None = None) -> None
             f"{row.mae:.4f}",
             f"{row.overall:.2f}",
             f"{row.overall_low:.2f} to {row.overall_high:.2f}",
-            f"{row.difference:+.2f} ({row.difference_low:+.2f} to {row.difference_high:+.2f})",
+            less if compared else "-",
         )
     console = console or Console()
     console.print(table)

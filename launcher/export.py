@@ -17,6 +17,7 @@ from data_store.files import file_made_whole
 from data_store.schema import StoreError
 from data_store.store import Store, is_store
 from launcher.errors import LaunchError
+from launcher.output_name import refuse_output_name
 from launcher.run_folder import RunFolder
 from state.config import RunConfig
 from state.embed_config import EmbedConfig
@@ -56,9 +57,13 @@ def export_weights(run_dir: Path, out: Path, which: str) -> str:
     """
     from safetensors.torch import save_file
 
-    if out.suffix != SUFFIX or out.is_dir():
-        raise LaunchError(f"--out {str(out)!r} must be a file that ends in {SUFFIX}")
+    refuse_output_name(out, SUFFIX)
     folder = RunFolder(run_dir.absolute())
+    if out.is_relative_to(folder.checkpoints):
+        raise LaunchError(
+            f"--out {str(out)!r} lies among the run's checkpoints, which are removed when newer "
+            "ones come. Name another place"
+        )
     if not folder.config.is_file():
         raise LaunchError(
             f"{run_dir} is not a run folder: it has no config.toml. Make one: statewide train "

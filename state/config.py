@@ -22,6 +22,7 @@ from state.config_section import (
     PositiveInt,
     Section,
     Seed,
+    StepCount,
 )
 from state.config_simulate import SimulateConfig
 from state.model_config import ModelConfig
@@ -200,7 +201,7 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """Optimisation. Defaults are the source's recipe."""
 
-    max_steps: PositiveInt = 40_000
+    max_steps: StepCount = 40_000
     """Optimiser steps."""
     micro_batch_size: PositiveInt = 16
     """Cell sets a worker puts through the model at once."""
@@ -237,13 +238,13 @@ class TrainConfig(Section):
     data sheet's number for known GPUs, and no MFU elsewhere."""
     deepspeed: Path = Path("deepspeed/zero1.json")
     """DeepSpeed settings beside the recipe; batch sizes, clipping and precision are filled in."""
-    log_every_steps: PositiveInt = 10
+    log_every_steps: StepCount = 10
     """Steps between records in TensorBoard and metrics.jsonl."""
-    val_every_steps: PositiveInt = 500
+    val_every_steps: StepCount = 500
     """Steps between passes over the validation split, which also choose ``best``."""
     val_max_sets: PositiveInt = 256
     """Validation sets per pass (the same ones each time)."""
-    checkpoint_every_steps: PositiveInt = 500
+    checkpoint_every_steps: StepCount = 500
     """Steps between ``last`` checkpoints."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep; with 1 there is none to fall back on if it is damaged."""

@@ -233,7 +233,10 @@ def _explain(item: Mapping[str, Any], kind: type[BaseModel]) -> str:
         return f"unknown key {key!r}. {hint or listing}"
     if item["type"] == "missing":
         return f"key {key!r} is required and absent. Add it to the recipe, or as {key}=... "
-    message = _PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+    wrong = item["type"]
+    if wrong == "string_pattern_mismatch" and item["ctx"]["pattern"].endswith("://"):
+        wrong = "url"
+    message = _PLAIN_WORDS.get(wrong, item["msg"].removeprefix("Value error, "))
     if isinstance(item["input"], Mapping):
         return f"{key or 'recipe'}: {message}"
     return f"{key} = {item['input']!r}: {message}"
@@ -245,6 +248,7 @@ _PLAIN_WORDS = {
     "list_type": "must be a list, such as ['a', 'b']",
     "dict_type": "must be a table",
     "path_type": "must be a path in quotes",
+    "url": "must be a URL, such as s3://bucket/folder or file:///folder",
     "string_pattern_mismatch": "must begin with a letter or digit and hold only these, _ . and -",
 }
 

@@ -301,6 +301,9 @@ def test_an_archive_that_the_challenge_would_refuse_is_not_written(options, tmp_
     from data_store.challenge import write_challenge_archive
 
     genes, out = tmp_path / "genes.csv", tmp_path / "pred.vcc"
+    genes.write_bytes(b"\x89PNG")
+    with pytest.raises(StoreError, match="cannot be read as text: .* Give the challenge's list"):
+        write_challenge_archive(options.pred, genes, out, options.columns, max_cells=100)
     genes.write_text("\n".join(f"GENE{i}" for i in range(29)))
     with pytest.raises(StoreError, match=r"has 1 genes that .* lacks, such as 'GENE29'"):
         write_challenge_archive(options.pred, genes, out, options.columns, max_cells=100)

@@ -1,13 +1,16 @@
 """A run with several contexts: each is judged by itself, as if it were a file of its own."""
 
+import io
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from rich.console import Console
 
 from data_store.schema import CellTable, ObsColumns, run_in_process
-from launcher.evaluate_job import judge_predictions
+from launcher.evaluate_job import judge_predictions, print_leaderboard
 from launcher.run_folder import RunFolder
 from state.evaluate import evaluate
 from state.metrics.profiles import Conventions
@@ -55,3 +58,21 @@ def test_each_context_is_judged_as_a_file_of_its_own(tmp_path, sparse):
         evaluation.per_perturbation, expected.reset_index(drop=True), rtol=1e-6
     )
     assert effects.names.tolist() == ["G1 (a)", "G2 (a)", "G1 (b)", "G2 (b)"]
+
+
+def test_only_models_that_are_ranked_are_compared_with_the_best_baseline(tmp_path):
+    folder, said = RunFolder(tmp_path), io.StringIO()
+    folder.evaluation.mkdir()
+    columns = "des pds mae overall overall_low overall_high difference difference_low".split()
+    rows = pd.DataFrame({name: 1.25 for name in [*columns, "difference_high"]}, index=range(3))
+    rows["model"], rows["best_baseline"] = ["state", "ridge", "ceiling"], "ridge"
+    rows["num_perturbations"] = 7
+    rows.to_csv(folder.evaluation / "leaderboard.csv", index=False)
+    print_leaderboard(folder, Console(file=said, width=200))
+    assert "7 held-out perturbations" in said.getvalue()
+    last = {
+        line.split("│")[1].strip(): line.split("│")[-2].strip()
+        for line in said.getvalue().splitlines()
+        if line.startswith("│")
+    }
+    assert last == {"state": "+1.25 (+1.25 to +1.25)", "ridge": "-", "ceiling": "-"}

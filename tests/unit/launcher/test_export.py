@@ -100,7 +100,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(run_dir: Path, t
     before = out.read_bytes()
     with pytest.raises(LaunchError, match=r"'newest' must be best, last, or one of step_00000001"):
         export_weights(run_dir, out, "newest")
-    with pytest.raises(LaunchError, match=r"'model\.pt' must be a file that ends in \.safetensors"):
+    with pytest.raises(LaunchError, match=r"'model\.pt' must end in \.safetensors"):
         export_weights(run_dir, Path("model.pt"), "best")
     with pytest.raises(LaunchError, match="is not a run folder"):
         export_weights(tmp_path / "absent", out, "best")
@@ -113,3 +113,14 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(run_dir: Path, t
     (repeats / "config.toml").write_text((run_dir / "config.toml").read_text())
     with pytest.raises(LaunchError, match=r"no complete checkpoint\. Name one of .*fold0"):
         export_weights(repeats, out, "best")
+
+
+def test_a_target_that_is_a_folder_or_among_the_checkpoints_is_refused(run_dir, tmp_path):
+    folder = tmp_path / "dir.safetensors"
+    folder.mkdir()
+    with pytest.raises(LaunchError, match=r"is a folder. Name the file to write, such as .*/new"):
+        export_weights(run_dir, folder, "best")
+    inside = run_dir / "checkpoints" / "step_00000002" / "x.safetensors"
+    with pytest.raises(LaunchError, match="lies among the run's checkpoints"):
+        export_weights(run_dir, inside, "best")
+    assert not inside.exists()

@@ -121,6 +121,8 @@ SIMULATE = "simulate={num_cells=9, num_genes=9, num_perturbations=2}"
         (["simulate.preset=vcc", "simulate.depth=0"], ["simulate.depth = 0", "greater than 0"]),
         (["simulate.num_cells=9"], ["key 'simulate.num_genes' is required"]),
         (["data.genes=all"], ["data.genes = 'all'", "intersection"]),
+        (["train.max_steps=99999999999"], ["train.max_steps = 99999999999", "2147483648"]),
+        (["train.checkpoint_mirror=s3:/x"], ["train.checkpoint_mirror = 's3:/x'", "://"]),
         (["train.lrr=1"], ["unknown key 'train.lrr'", "Did you mean 'train.lr'"]),
         (["mode.hidden_dim=3"], ["unknown key 'mode'", "Did you mean 'model'"]),
         (["train.lr=fast"], ["train.lr = 'fast'", "number"]),
