@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,9 @@ def file_made_whole(final: Path, needed_bytes: int | None = None) -> Iterator[Pa
     StoreError
         When the disk is full; the temporary file is removed and the old file is untouched.
     """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    # Containers on two hosts that share the storage may have the same process number.
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = final.with_name(f".{final.name}.{unique}.partial")
     with full_disk_is_a_user_error(final, needed_bytes):
         try:
             final.parent.mkdir(parents=True, exist_ok=True)

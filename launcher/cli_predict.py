@@ -26,12 +26,14 @@ def predict(
     from launcher.progress import Reporter
     from launcher.ray_cluster import ThisProcess
     from launcher.run_folder import open_run_folder
+    from launcher.run_inputs import refuse_input_as_output
 
     wanted = next((name for name in SPLIT_NAMES if name == split_name), None)
     if wanted is None:
         raise LaunchError(f"--split {split_name!r} must be one of {', '.join(SPLIT_NAMES)}")
     refuse_output_name(out, ".h5ad")
     folder, config = open_run_folder(run_dir)
+    refuse_input_as_output(config, out)
     reporter = Reporter()
     trained = Pipeline(config, ThisProcess(reporter), reporter)
     predict_split(folder, trained.store, trained.checkpoint, wanted, out.absolute())

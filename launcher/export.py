@@ -78,13 +78,16 @@ def export_weights(run_dir: Path, out: Path, which: str) -> str:
         for name, tensor in content.items()
     }
     metadata = _describe(config, folder, checkpoint)
+    is_of_genes = isinstance(config, RunConfig) and config.is_judged
+    lacks_genes = is_of_genes and "statewide.genes" not in metadata
     needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
     with file_made_whole(out, needed_bytes) as temporary:
         save_file(tensors, temporary, metadata)
+    without = "; without gene names: the run's store is not there" if lacks_genes else ""
     return (
         f"{out}: {len(tensors)} tensors, "
         f"{sum(tensor.numel() for tensor in tensors.values()):,} parameters of "
-        f"{checkpoint.folder.name}"
+        f"{checkpoint.folder.name}{without}"
     )
 
 
@@ -93,7 +96,11 @@ def _find_checkpoint(folder: RunFolder, which: str) -> Checkpoint:
     complete = {checkpoint.folder.name: checkpoint for checkpoint in checkpoints.complete()}
     if not complete:
         repeats = sorted(path.name for path in folder.sub_runs.glob("*"))
-        advice = f"Name one of its runs: {folder.sub_runs / repeats[0]}" if repeats else "Train it"
+        advice = (
+            f"Name one of its runs: {folder.sub_runs / repeats[0]}"
+            if repeats
+            else "Train it: statewide train CONFIG"
+        )
         raise LaunchError(f"{folder.path} holds no complete checkpoint. {advice}")
     chosen = {"best": checkpoints.best(), "last": checkpoints.last()}.get(which)
     chosen = chosen or complete.get(which)

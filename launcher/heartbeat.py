@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -131,20 +131,22 @@ class Heartbeat:
         try:
             yield
         except RuntimeError as error:
-            if not _TIMED_OUT.search(str(error)):
+            # A worker alone waits for nobody: what timed out is something else.
+            if self._world_size == 1 or not _TIMED_OUT.search(str(error)):
                 raise
             self._beat = replace(self._beat, has_waited=True)
             self._write()
             # The others that waited began to wait a little later.
             time.sleep(_GRACE_S)
-            message = explain_timeout(self.read_all(), timeout_s)
+            message = explain_timeout(self.read_all(), timeout_s, self._world_size)
             self._note(message)
             raise HungWorkerError(message) from error
 
     def _note(self, message: str) -> None:
         logger.error(message)
         waiting = [beat.rank for beat in self.read_all() if beat.has_waited]
-        if self._beat.rank == min(waiting):
+        # With a full disk nobody's beat says that it waited.
+        if self._beat.rank == min(waiting, default=self._beat.rank):
             FaultLog(self._folder.path).add("hung_worker", message, step=self._beat.step)
 
     def read_all(self) -> list[Beat]:
@@ -164,8 +166,15 @@ def read_beat(folder: RunFolder, rank: int) -> Beat | None:
         return None
 
 
-def explain_timeout(beats: Iterable[Beat], timeout_s: float) -> str:
+def explain_timeout(beats: Sequence[Beat], timeout_s: float, world_size: int) -> str:
     """Say which workers the others waited for."""
+    absent = sorted(set(range(world_size)) - {beat.rank for beat in beats})
+    if absent:
+        return (
+            f"no word of {'rank' if len(absent) == 1 else 'ranks'} {', '.join(map(str, absent))} "
+            f"in cluster.timeout_s = {timeout_s:g} s, not even of having begun: look at "
+            f"logs/train_rank{absent[0]}.log and at the machine"
+        )
     silent = [beat for beat in beats if not beat.has_waited]
     if not silent:
         return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_store.cell_sets import CellSet
+from data_store.cell_sets import CellSet, CellSets
 from data_store.files import write_json_atomically
 from data_store.hints import some
 from data_store.row_reader import RowReader, open_rows
@@ -29,6 +30,8 @@ from state.config import RunConfig, TrainConfig
 from state.training.loop import NonFiniteError, TrainingError
 from state.training.schedule import learning_rate
 
+# A norm that is not finite is everybody's, and each worker reads what it describes.
+_DESCRIBED_RANKS = 8
 _NO_ROWS: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
@@ -56,8 +59,7 @@ class StepData:
 
     def sets_of(self, step: int, rank: int) -> Iterator[CellSet]:
         """Yield the cell sets of one worker in an optimiser step, the first of which is 1."""
-        sets = build_train_sets(self.config, self.store, self.splits)
-        settings = self.settings
+        sets, settings = self._sets, self.settings
         sets_per_step = settings.micro_batch_size * settings.grad_accum_steps * self.world_size
         sampler = SetSampler(
             sets_per_epoch=sets.sets_per_epoch,
@@ -70,6 +72,10 @@ class StepData:
         for slice_ in islice(sampler, settings.grad_accum_steps):
             for ref in slice_.sets:
                 yield sets.compose(*ref)
+
+    @cached_property
+    def _sets(self) -> CellSets:
+        return build_train_sets(self.config, self.store, self.splits)
 
     def describe(self, step: int, rank: int) -> list[dict[str, Any]]:
         """Return perturbation, context, batches, cells and range of values of each set."""
@@ -95,18 +101,20 @@ def explain_with_data(error: NonFiniteError, data: StepData, folder: Path) -> Tr
     """
     try:
         return _explain(error, data, folder)
-    except UserError as unread:
+    except (UserError, OSError) as unread:
         return TrainingError(f"{error}. What data it had cannot be said: {unread}")
 
 
 def _explain(error: NonFiniteError, data: StepData, folder: Path) -> TrainingError:
-    sets = [entry for rank in error.ranks for entry in data.describe(error.step, rank)]
+    ranks = error.ranks[:_DESCRIBED_RANKS]
+    sets = [entry for rank in ranks for entry in data.describe(error.step, rank)]
     path = folder / f"nan_step_{error.step}.json"
     write_json_atomically(
         path,
         {
             "step": error.step,
             "ranks": list(error.ranks),
+            "described_ranks": list(ranks),
             "seed": data.config.seed,
             "learning_rate": learning_rate(error.step - 1, data.settings),
             # JSON has neither NaN nor infinity.
@@ -117,7 +125,7 @@ def _explain(error: NonFiniteError, data: StepData, folder: Path) -> TrainingErr
         },
     )
     named = []
-    for rank in error.ranks:
+    for rank in ranks:
         names = [
             f"{entry['perturbation']} (context {entry['context']}, batch "
             f"{some(entry['batches'], 3)})"

@@ -344,7 +344,8 @@ class Pipeline:
                 f"{self.folder.path} holds a run for each fold and seed; name one of them: "
                 f"{self.folder.sub_runs / sub_runs[0]} (of {', '.join(sub_runs)})"
             )
-        folder = self._checkpoints
+        # Whatever it was trained from need not be there any more.
+        folder = CheckpointFolder(self.folder.checkpoints, run_fingerprint="")
         wanted = self.config.evaluate.checkpoint
         checkpoint = folder.best() if wanted == "best" else folder.last()
         if checkpoint is None:

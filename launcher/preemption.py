@@ -6,6 +6,7 @@ passes the notice on to workers on other machines by a file in the run folder.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -53,6 +54,9 @@ def hear_preemption(pass_on: Callable[[], object] = lambda: None) -> Iterator[Ca
         restore()
 
 
+logger = logging.getLogger(__name__)
+
+
 class LeaveNote:
     """A file by which a driver asks its workers, on whatever machine, to save and leave.
 
@@ -74,11 +78,21 @@ class LeaveNote:
         self._path.write_bytes(b"")
 
     def write(self) -> None:
-        """Ask the workers to leave."""
-        with self._path.open("r+b") as handle:
-            handle.write(b"leave\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        """Ask the workers to leave.
+
+        Called by a signal handler: storage that fails is logged, and ends nothing.
+        """
+        try:
+            with self._path.open("r+b") as handle:
+                handle.write(b"leave\n")
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            logger.error(
+                "the workers cannot be asked to save and leave (%s): send the signal again, or "
+                "training goes on from the last checkpoint later",
+                error,
+            )
 
     def is_written(self) -> bool:
         """Tell whether the driver asks to leave."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from data_store.locate import find_files
 from data_store.mirror import check_url
 from data_store.schema import StoreError
@@ -49,3 +52,23 @@ def refuse_missing_inputs(config: RunConfig) -> None:
         raise LaunchError(
             "\n".join(problems) + "\nCorrect the path in the recipe, or give it as KEY=PATH"
         )
+
+
+def refuse_input_as_output(config: RunConfig, out: Path) -> None:
+    """Raise ``LaunchError`` if ``out`` is a file that the run reads."""
+    locations = [config.data.input, config.data.embed_file, config.features.path]
+    read = [path for path in locations if isinstance(path, Path)]
+    for location in read:
+        inside = out.resolve().is_relative_to(location.resolve())
+        if inside or out.resolve() in {Path(path).resolve() for path in _expand(location)}:
+            raise LaunchError(
+                f"--out {str(out)!r} is what this run reads ({location}). Name another file"
+            )
+
+
+def _expand(location: Path) -> Sequence[Path | str]:
+    try:
+        return find_files(location)
+    except StoreError:
+        # Gone since the run was made: there is nothing to write over.
+        return ()

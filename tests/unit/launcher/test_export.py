@@ -60,7 +60,7 @@ def test_the_weights_are_those_of_the_checkpoint(run_dir: Path, tmp_path: Path, 
     assert metadata["statewide.kind"] == "ST"
     assert json.loads(metadata["statewide.progress"])["step"] == step
     assert metadata["statewide.recipe"] == (run_dir / "config.toml").read_text()
-    # The store is not there.
+    assert said.endswith("; without gene names: the run's store is not there")
     assert "statewide.genes" not in metadata
 
 

@@ -1,5 +1,6 @@
 """The worker that the others waited for is named, and nobody else."""
 
+import errno
 import os
 import socket
 import time
@@ -36,7 +37,7 @@ def test_the_worker_behind_the_others_is_named_with_what_it_began():
         # It came late, and its own time is not up yet.
         beat(2, 62, "computing loss and gradients"),
     ]
-    said = explain_timeout(beats, 20)
+    said = explain_timeout(beats, 20, len(beats))
     host = socket.gethostname()
     assert said.startswith(
         f"a worker hangs: rank 1 on host {host} (process 7) has been in step 15, reading its "
@@ -47,14 +48,46 @@ def test_the_worker_behind_the_others_is_named_with_what_it_began():
 
 
 def test_two_that_hang_alike_are_both_named():
-    said = explain_timeout([beat(0, 9, "a", has_waited=True), beat(1, 8, "b"), beat(2, 8, "b")], 1)
+    said = explain_timeout(
+        [beat(0, 9, "a", has_waited=True), beat(1, 8, "b"), beat(2, 8, "b")], 1, 3
+    )
     assert "rank 1 on" in said
     assert "rank 2 on" in said
 
 
 def test_where_all_waited_the_network_is_suspected():
-    said = explain_timeout([beat(rank, 9, "a", has_waited=True) for rank in range(2)], 1)
+    said = explain_timeout([beat(rank, 9, "a", has_waited=True) for rank in range(2)], 1, 2)
     assert "none hangs: look at the network" in said
+
+
+def test_a_worker_that_wrote_nothing_is_named():
+    said = explain_timeout([beat(0, 9, "a", has_waited=True)], 20, 2)
+    assert said.startswith("no word of rank 1 in cluster.timeout_s = 20 s")
+    assert "logs/train_rank1.log" in said
+
+
+def test_beats_that_cannot_be_written_do_not_hide_who_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("launcher.heartbeat._GRACE_S", 0)
+    folder = RunFolder(tmp_path)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Heartbeat(folder, 1, 2), Heartbeat(folder, 0, 2) as mine:
+        monkeypatch.setattr("launcher.heartbeat.os.pwrite", full)
+        with pytest.raises(HungWorkerError), mine.naming_hung_workers(20):
+            raise RuntimeError("gloo: Timed out waiting 20000ms for recv operation")
+
+
+def test_a_worker_alone_waits_for_nobody(tmp_path: Path):
+    with (
+        Heartbeat(RunFolder(tmp_path), 0, 1) as alone,
+        pytest.raises(RuntimeError, match="the launch timed out and was terminated"),
+        alone.naming_hung_workers(20),
+    ):
+        raise RuntimeError("CUDA error: the launch timed out and was terminated")
 
 
 def test_a_timeout_becomes_the_name_and_other_errors_stay(

@@ -102,3 +102,13 @@ def test_a_damaged_store_does_not_hide_the_loss(data: StepData, store: Store, tm
     said = str(explain_with_data(error, replace(data, store=replace(store, path=moved)), tmp_path))
     assert said.startswith("at step 7 the loss is not finite. What data it had cannot be said: ")
     assert "store verify" in said
+
+
+def test_a_norm_that_is_everybodys_is_described_for_a_few(data: StepData, tmp_path: Path):
+    error = NonFiniteError("at step 7 the gradient is not finite")
+    error.step, error.noted_at, error.ranks, error.loss = 7, 10, tuple(range(64)), 1.0
+    explain_with_data(error, replace(data, world_size=64), tmp_path)
+    record = json.loads((tmp_path / "nan_step_7.json").read_text(), parse_constant=pytest.fail)
+    assert record["ranks"] == list(range(64))
+    assert record["described_ranks"] == list(range(8))
+    assert {entry["rank"] for entry in record["sets"]} == set(range(8))

@@ -80,3 +80,8 @@ def test_a_notice_while_nothing_trains_is_an_interruption():
     )
     assert done.returncode == 130, done.stderr
     assert "interrupted. Run the same command again" in done.stderr
+
+
+def test_a_note_that_cannot_be_written_ends_nothing(tmp_path: Path, caplog):
+    LeaveNote(tmp_path / "gone" / "note").write()
+    assert "cannot be asked to save and leave" in caplog.text
