@@ -243,7 +243,7 @@ def test_a_machine_without_ray_leaves_at_once(machine: Machine):
 def test_what_does_not_end_is_not_waited_for_longer_than_asked(machine: Machine):
     began = time.monotonic()
     assert leave(machine, gcs=True, raylet=True, trains=99, seconds="2").returncode == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("arguments", [["soon"], ["1", "2"], ["-1"]], ids=str)
