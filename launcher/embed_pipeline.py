@@ -19,6 +19,7 @@ from launcher.errors import LaunchError
 from launcher.mirroring import copy_rest, forget_mirrored, mirrored, open_mirror
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
+from launcher.run_folder import NOT_IN_THE_WEIGHTS
 from launcher.stages import Stage, StageRunner, fingerprint
 from launcher.step_division import divide_step
 from launcher.train_job import train_here, train_with_ray
@@ -34,10 +35,7 @@ from state.training.checkpoint import CheckpointFolder
 
 # Settings that change nothing about the weights.
 _NOT_IN_THE_WEIGHTS = {
-    "train": {
-        *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps"),
-        *("peak_tflops", "keep_last", "keep_best", "save_in_background", "checkpoint_mirror"),
-    },
+    "train": NOT_IN_THE_WEIGHTS,
     "data": {"resident_gib", "prefetch_batches"},
 }
 

@@ -32,7 +32,7 @@ from launcher.preprocess_job import (
 )
 from launcher.progress import Reporter
 from launcher.ray_cluster import RayCluster, ThisProcess
-from launcher.run_folder import RunFolder
+from launcher.run_folder import NOT_IN_THE_WEIGHTS, RunFolder
 from launcher.run_inputs import refuse_missing_inputs
 from launcher.stages import Stage, StageRunner, fingerprint, identify_file
 from launcher.statistics_stages import deltas_of_run, statistics_of_run, statistics_outputs
@@ -50,12 +50,7 @@ StageName = Literal[
 ]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 JUDGING_STAGES: tuple[StageName, ...] = ("predict", "evaluate")
-# Settings of [train] that change nothing about the weights.
-_NOT_IN_THE_WEIGHTS = {
-    *("log_every_steps", "deepspeed", "activation_checkpointing", "profile_steps", "peak_tflops"),
-    *("keep_last", "keep_best", "save_in_background", "checkpoint_mirror"),
-}
-# And of [evaluate] that change nothing about what is predicted.
+# Settings of [evaluate] that change nothing about what is predicted.
 _NOT_IN_THE_PREDICTIONS = {"checkpoint", "folds", "seeds", "beside"}
 
 
@@ -326,7 +321,7 @@ class Pipeline:
             config.data.control_matching,
             config.model.model_dump(mode="json"),
             config.loss.model_dump(mode="json"),
-            config.train.model_dump(mode="json", exclude=_NOT_IN_THE_WEIGHTS),
+            config.train.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
             None if start is None else sha256_of_file(find_weights(start)),
             config.seed,
         )

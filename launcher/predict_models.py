@@ -8,6 +8,7 @@ D feature width.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from state.baselines.base import Baseline, ChangeBaseline
 from state.baselines.synthesis import synthesize_cells
 from state.config import RunConfig
 from state.transition.predict import predict_cells
+
+logger = logging.getLogger(__name__)
 
 FloatMatrix = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -210,10 +213,9 @@ def predict_own_cells(context: PredictContext, weights: Path) -> Iterator[FloatM
     Genes, unless the model has no way from its embedding to them.
     """
     config, held_out = context.config, context.held_out
-    use_gpu = config.cluster.use_gpu and torch.cuda.is_available()
     objective = build_objective(config, context.store, context.splits)
     objective.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    objective.to("cuda" if use_gpu else "cpu")
+    objective.to(_find_device(config))
     predicts = context.reader if config.is_judged else context.cell_reader
     for group, paired_rows in zip(held_out.groups, held_out.paired, strict=True):
         out_NG = np.empty((len(group.rows), predicts.num_genes), dtype=np.float32)
@@ -227,6 +229,16 @@ def predict_own_cells(context: PredictContext, weights: Path) -> Iterator[FloatM
         ):
             (out_NG[places],) = predict_cells(objective, [batch])
         yield out_NG if config.is_judged else context.embedding_scale.restore(out_NG)
+
+
+def _find_device(config: RunConfig) -> torch.device:
+    """Choose the GPU that the run asks for; on a machine without one, say so and do without."""
+    if not config.cluster.use_gpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    logger.warning("the run was made on GPUs; there is none here, so the CPU predicts")
+    return torch.device("cpu")
 
 
 def predict_with_baseline(

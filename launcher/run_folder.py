@@ -17,7 +17,13 @@ from launcher.training import TrainingConfig
 from state.config import ConfigError, RunConfig
 from state.recipe import describe_differences, dump_config, load_resolved_config
 
-# Sections that a rerun may change: they decide how, where and against what, not which model.
+NOT_IN_THE_WEIGHTS = {
+    *("activation_checkpointing", "checkpoint_mirror", "deepspeed", "keep_best", "keep_last"),
+    *("log_every_steps", "peak_tflops", "profile_steps", "save_in_background"),
+}
+"""Settings of ``[train]`` that change nothing about the weights."""
+
+# What a rerun may change: it decides how, where and against what, not which model.
 _MAY_CHANGE = (
     "cluster.",
     "data.prefetch_batches",
@@ -26,16 +32,9 @@ _MAY_CHANGE = (
     "evaluate.",
     "faults.",
     "statistics.",
-    "train.activation_checkpointing",
     # Where that file lies; what it says is part of the training stage's fingerprint.
     "train.deepspeed:",
-    "train.keep_best",
-    "train.save_in_background",
-    "train.checkpoint_mirror",
-    "train.keep_last",
-    "train.log_every_steps",
-    "train.peak_tflops",
-    "train.profile_steps",
+    *(f"train.{key}" for key in sorted(NOT_IN_THE_WEIGHTS - {"deepspeed"})),
 )
 
 

@@ -1,14 +1,19 @@
 """The cells of a split come group by group, all of them or the same share of each group."""
 
+import logging
+
 import numpy as np
 import pytest
+import torch
 
 from data_store.preprocess import PreprocessSpec, preprocess
 from data_store.schema import ObsColumns
 from data_store.splits import make_random_splits, split_rows
+from launcher.objective import build_objective
 from launcher.predict_models import (
     PredictContext,
     build_split_profiles,
+    predict_own_cells,
     predict_with_baseline,
     read_true_cells,
     redraw_cells,
@@ -59,6 +64,22 @@ def test_groups_hold_every_cell_of_the_split_with_a_control_of_its_context(store
 def test_true_cells_are_those_of_the_store(store, context):
     cells = np.concatenate(list(read_true_cells(context)))
     assert np.array_equal(cells, store.read_matrix("hvg")[context.held_out.target_rows])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_run_made_on_gpus_is_predicted_here_and_says_on_what(context, tmp_path, caplog):
+    objective = build_objective(context.config, context.store, context.splits)
+    torch.save(objective.state_dict(), tmp_path / "weights.pt")
+    with caplog.at_level(logging.WARNING):
+        here = list(predict_own_cells(context, tmp_path / "weights.pt"))
+        assert caplog.text == ""
+        cluster = context.config.cluster.model_copy(update={"use_gpu": True})
+        made_on_gpus = context.config.model_copy(update={"cluster": cluster})
+        elsewhere = PredictContext(made_on_gpus, context.store, context.splits, "test")
+        there = predict_own_cells(elsewhere, tmp_path / "weights.pt")
+        for one, other in zip(here, there, strict=True):
+            assert np.array_equal(one, other)
+    assert "the CPU predicts" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["cell_mean", "no_change", "ridge"])
