@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 from tests.support.ray_cluster import RayHead, ray_cluster
 from tests.support.runs import (
     losses,
-    read_records,
     running_until_step,
     statewide,
     statewide_killed_at_step,
@@ -79,20 +77,6 @@ def left_and_resumed(head: RayHead, tmp_path_factory: pytest.TempPathFactory) ->
     return after
 
 
-def test_a_job_that_is_stopped_saves_first(
-    head: RayHead, left_and_resumed: list[float], tmp_path: Path
-):
-    path, run_dir = write_recipe(tmp_path), tmp_path / "run"
-    sent = ask(head, "submit", path, *SETTINGS, "name=stopped", "--detach")
-    assert sent.returncode == 0, sent.stderr
-    wait_for_step(10, run_dir)
-    stopped = ask(head, "stop", "stopped")
-    assert stopped.stdout.startswith("stopped-a1 is stopped."), stopped
-    step = saved_step(run_dir)
-    assert f"saved a checkpoint at step {step} of 600" in ask(head, "logs", "stopped").stdout
-    assert losses(run_dir)["train/loss"] == left_and_resumed[:step]
-
-
 def test_a_node_that_is_drained_is_left_in_time(
     head: RayHead, left_and_resumed: list[float], tmp_path: Path
 ):
@@ -146,10 +130,3 @@ def assert_left_at(step: int, exit_code: int, said: str) -> None:
 def resumed_at(run_dir: Path) -> list[int]:
     log = (run_dir / "logs" / "train_rank0.log").read_text()
     return [int(step) for step in re.findall(r"resumed from .* \(step (\d+)\)", log)]
-
-
-def wait_for_step(step: int, run_dir: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not any(record["step"] >= step for record in read_records(run_dir)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -26,6 +26,8 @@ def head() -> Iterator[RayHead]:
 def test_stopped_half_way_and_submitted_again_it_goes_on(head: RayHead, tmp_path: Path):
     recipe, run_dir = write_recipe(tmp_path), tmp_path / "run"
     longer = ["train.max_steps=150", "evaluate.baselines=['cell_mean']", "statistics.enabled=false"]
+    # Nothing is saved before it is stopped.
+    longer += ["train.checkpoint_every_steps=1000", "train.val_every_steps=1000"]
     sent = ask(head, "submit", recipe, *longer, "--detach")
     assert sent.returncode == 0, sent.stderr
     assert sent.stderr == f"submitted tiny-a1 to {head.dashboard}\n"
@@ -37,8 +39,10 @@ def test_stopped_half_way_and_submitted_again_it_goes_on(head: RayHead, tmp_path
     stopped = ask(head, "stop", "tiny")
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout.startswith("tiny-a1 is stopped.")
-    reached = read_records(run_dir)[-1]["step"]
-    assert reached < 150
+    before = losses(run_dir)["train/loss"]
+    assert 15 <= len(before) < 150
+    stopping = ask(head, "logs", "tiny").stdout
+    assert f"saved a checkpoint at step {len(before)} of 150" in stopping
 
     again = ask(head, "submit", recipe, *longer)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -46,7 +50,10 @@ def test_stopped_half_way_and_submitted_again_it_goes_on(head: RayHead, tmp_path
     assert "preprocess: finished before" in again.stdout
     assert "other nodes: 1, with the same versions and storage" in again.stdout
     assert again.stdout.count("Leaderboard") == 1
-    assert len(losses(run_dir)["train/loss"]) == 150
+    assert f"(step {len(before)})" in (run_dir / "logs" / "train_rank0.log").read_text()
+    after = losses(run_dir)["train/loss"]
+    assert len(after) == 150
+    assert after[: len(before)] == before
     assert not (run_dir / ".probe").exists()
 
     shown = ask(head, "status", "tiny-a2")
