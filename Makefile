@@ -19,7 +19,7 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/golden
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile --ignore tests/unit --ignore tests/golden
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit --ignore tests/golden
 
 check: install
 	$(BIN)/ruff check .

@@ -134,7 +134,7 @@ def _end(process: psutil.Popen) -> None:
     """End a node: its own processes by their ids, and no other Ray of this machine."""
     family = process.children(recursive=True) if process.is_running() else []
     process.terminate()
-    _, alive = psutil.wait_procs([process, *family], timeout=20)
+    _, alive = psutil.wait_procs([process, *family], timeout=5)
     for left in alive:
         left.kill()
     psutil.wait_procs(alive, timeout=10)
